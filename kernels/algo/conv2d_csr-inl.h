@@ -1,0 +1,82 @@
+// Convolution with CSR weights on NCHW images. Lanes run along flattened output pixels; input channels come in blocks whose strips
+// (packed.h) stay in L1 while every output row of the tile passes over them. Included by isa/*.cc after rows-inl.h.
+
+// strip[0 … length): output pixels from flat index `first` (may be negative) on; see Strip.
+static void fill_strip(const tk_conv2d& s, int64_t out_w, const Strip& strip, const float* plane, int64_t first, float* to) {
+  // Columns of x that are inside the image: stride_w * ow + x_shift in [0, in_w) for ow in [inside_begin, inside_end).
+  const int64_t low = -int64_t{strip.x_shift}, high = s.in_w - strip.x_shift;
+  const int64_t inside_begin = smaller(low <= 0 ? 0 : (low + s.stride_w - 1) / s.stride_w, out_w);
+  const int64_t inside_end = high <= 0 ? inside_begin : larger(smaller((high + s.stride_w - 1) / s.stride_w, out_w), inside_begin);
+  int64_t row = first >= 0 ? first / out_w : -((-first + out_w - 1) / out_w);
+  int64_t column = first - row * out_w;
+  for (int64_t left = strip.length; left > 0; ++row, column = 0) {
+    const int64_t n = smaller(left, out_w - column);
+    const int64_t iy = s.stride_h * row + strip.phase - s.pad_top;
+    if (iy < 0 || iy >= s.in_h) {
+      zero(to, n);
+    } else {
+      const int64_t begin = larger(inside_begin, column), end = smaller(inside_end, column + n);
+      if (begin >= end) {
+        zero(to, n);
+      } else {
+        zero(to, begin - column);
+        copy_strided(plane + iy * s.in_w + begin * s.stride_w + strip.x_shift, s.stride_w, end - begin, to + (begin - column));
+        zero(to + (end - column), column + n - end);
+      }
+    }
+    to += n;
+    left -= n;
+  }
+}
+
+static void fill_block(const Packed& p, const float* image, int64_t channel_begin, int64_t channel_end, int64_t first_pixel, float* to) {
+  const tk_conv2d& s = p.shape;
+  const Strip* const strips = p.strips();
+  for (int64_t c = channel_begin; c < channel_end; ++c, to += p.channel_floats) {
+    const float* const plane = image + c * s.in_h * s.in_w;
+    for (int32_t i = 0; i < p.strip_count; ++i) {
+      fill_strip(s, p.out_w, strips[i], plane, first_pixel + strips[i].row_min * p.out_w, to + strips[i].offset);
+    }
+  }
+}
+
+static void conv2d_csr_f32(const Packed& p, const tk_args& a, int64_t part_begin, int64_t part_end, float* workspace) {
+  const tk_conv2d& s = p.shape;
+  const int64_t pixels = p.out_h * p.out_w, in_pixels = s.in_h * s.in_w;
+  const int64_t tile_pixels = int64_t{p.tile_vectors} * Vec::kLanes;
+  const int64_t parts_per_image = p.tiles * p.row_groups;
+  for (int64_t part = part_begin; part < part_end;) {
+    const int64_t n = part / parts_per_image, tile = part % parts_per_image / p.row_groups, group = part % p.row_groups;
+    const int64_t groups = smaller(p.row_groups - group, part_end - part);
+    part += groups;
+
+    const int64_t first_pixel = tile * tile_pixels, count = smaller(tile_pixels, pixels - first_pixel);
+    const int vectors = static_cast<int>((count + Vec::kLanes - 1) / Vec::kLanes);
+    const float* const image = a.x + n * s.in_channels * in_pixels;
+    const int64_t y_at = n * p.rows * pixels + first_pixel;
+    Tile t{};
+    t.entries = p.entries();
+    t.y = a.y + y_at;
+    t.residual = a.residual ? a.residual + y_at : nullptr;
+    t.bias = a.bias;
+    t.y_stride = pixels;
+    t.row_begin = group * kGroupRows;
+    t.row_end = smaller(p.rows, (group + groups) * kGroupRows);
+    t.last_lanes = static_cast<int32_t>(count - (vectors - 1) * Vec::kLanes);
+    t.min = a.min;
+    t.max = a.max;
+    for (int64_t block = 0; block < p.blocks; ++block) {
+      const int64_t begin = p.block_begin(block), end = smaller(begin + p.block_channels, s.in_channels);
+      if (p.direct) {
+        t.x = image + begin * in_pixels + first_pixel;
+      } else {
+        fill_block(p, image, begin, end, first_pixel, workspace);
+        t.x = workspace;
+      }
+      t.row_ptr = p.row_ptr(block);
+      t.first = block == 0;
+      t.last = block == p.blocks - 1;
+      rows(vectors, t);
+    }
+  }
+}

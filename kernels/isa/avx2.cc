@@ -1,0 +1,51 @@
+// AVX2 + FMA: x86-64 since 2013 (Intel) and 2015 (AMD).
+#include "../packed.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "target.h"
+TK_TARGET_BEGIN("avx2,fma")
+
+namespace tk::avx2 {
+
+struct Vec {
+  static constexpr int kLanes = 8;
+  __m256 v;
+
+  static Vec set(float x) { return {_mm256_set1_ps(x)}; }
+  static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static __m256i first(int32_t n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
+  static Vec load_first(const float* p, int32_t n) { return {_mm256_maskload_ps(p, first(n))}; }
+  // Lanes p[0], p[2], …; reads p[0 … 15].
+  static Vec load_even(const float* p) {
+    const __m256 mixed = _mm256_shuffle_ps(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8), 0x88);
+    return {_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(mixed), 0xd8))};
+  }
+  void store(float* p) const { _mm256_storeu_ps(p, v); }
+  void store_first(float* p, int32_t n) const { _mm256_maskstore_ps(p, first(n), v); }
+  Vec operator+(const Vec& b) const { return {_mm256_add_ps(v, b.v)}; }
+};
+
+static inline Vec fma(const Vec& a, const Vec& b, const Vec& c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+// The operand order lets NaN pass: max and min return their second operand where either is NaN.
+static inline Vec clip(const Vec& x, const Vec& lo, const Vec& hi) { return {_mm256_min_ps(hi.v, _mm256_max_ps(lo.v, x.v))}; }
+
+#include "common-inl.h"
+#include "end-inl.h"
+
+}  // namespace tk::avx2
+
+TK_TARGET_END
+
+namespace tk {
+static constexpr Isa isa = avx2::describe("avx2", 20, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); });
+extern const Isa* const isa_avx2;
+const Isa* const isa_avx2 = &isa;
+}  // namespace tk
+#else
+namespace tk {
+extern const Isa* const isa_avx2;
+const Isa* const isa_avx2 = nullptr;
+}  // namespace tk
+#endif

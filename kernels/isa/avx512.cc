@@ -1,0 +1,54 @@
+// AVX-512F: Intel servers since 2017, AMD since Zen 4.
+#include "../packed.h"
+
+#if defined(__x86_64__)
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own avx512fintrin.h trips it (GCC bug 105593)
+#endif
+#include <immintrin.h>
+
+#include "target.h"
+TK_TARGET_BEGIN("avx512f")
+
+namespace tk::avx512 {
+
+struct Vec {
+  static constexpr int kLanes = 16;
+  __m512 v;
+
+  static Vec set(float x) { return {_mm512_set1_ps(x)}; }
+  static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static __mmask16 first(int32_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
+  static Vec load_first(const float* p, int32_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+  // Lanes p[0], p[2], …; reads p[0 … 31].
+  static Vec load_even(const float* p) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return {_mm512_permutex2var_ps(_mm512_loadu_ps(p), even, _mm512_loadu_ps(p + 16))};
+  }
+  void store(float* p) const { _mm512_storeu_ps(p, v); }
+  void store_first(float* p, int32_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
+  Vec operator+(const Vec& b) const { return {_mm512_add_ps(v, b.v)}; }
+};
+
+static inline Vec fma(const Vec& a, const Vec& b, const Vec& c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+// The operand order lets NaN pass: max and min return their second operand where either is NaN.
+static inline Vec clip(const Vec& x, const Vec& lo, const Vec& hi) { return {_mm512_min_ps(hi.v, _mm512_max_ps(lo.v, x.v))}; }
+
+#include "common-inl.h"
+#include "end-inl.h"
+
+}  // namespace tk::avx512
+
+TK_TARGET_END
+
+namespace tk {
+static constexpr Isa isa = avx512::describe("avx512", 30, [] { return __builtin_cpu_supports("avx512f") != 0; });
+extern const Isa* const isa_avx512;
+const Isa* const isa_avx512 = &isa;
+}  // namespace tk
+#else
+namespace tk {
+extern const Isa* const isa_avx512;
+const Isa* const isa_avx512 = nullptr;
+}  // namespace tk
+#endif

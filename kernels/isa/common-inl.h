@@ -1,0 +1,34 @@
+// What every ISA shares and must compile for itself: no std templates here, or one ISA's code could be linked into another's.
+
+#if defined(__clang__)
+#define TK_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define TK_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline float clip(float x, float lo, float hi) { return x < lo ? lo : x > hi ? hi : x; }
+static inline const float* shift_bytes(const float* p, int64_t bytes) {
+  return reinterpret_cast<const float*>(reinterpret_cast<const char*>(p) + bytes);
+}
+
+static inline void zero(float* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + Vec::kLanes <= n; i += Vec::kLanes) Vec::set(0.0f).store(to + i);
+  for (; i < n; ++i) to[i] = 0.0f;
+}
+
+// to[i] = from[i * stride] for i in [0, n); reads nothing at or beyond from[(n - 1) * stride + 1].
+static inline void copy_strided(const float* from, int64_t stride, int64_t n, float* to) {
+  int64_t i = 0;
+  if (stride == 1) {
+    for (; i + Vec::kLanes <= n; i += Vec::kLanes) Vec::load(from + i).store(to + i);
+    if (i < n) Vec::load_first(from + i, static_cast<int32_t>(n - i)).store_first(to + i, static_cast<int32_t>(n - i));
+    return;
+  }
+  if (stride == 2) {
+    for (; i + Vec::kLanes < n; i += Vec::kLanes) Vec::load_even(from + 2 * i).store(to + i);
+  }
+  for (; i < n; ++i) to[i] = from[i * stride];
+}

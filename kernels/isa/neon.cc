@@ -1,0 +1,49 @@
+// NEON (Advanced SIMD): part of every AArch64 processor.
+#include "../packed.h"
+
+#if defined(__aarch64__)
+#include <arm_neon.h>
+
+namespace tk::neon {
+
+struct Vec {
+  static constexpr int kLanes = 4;
+  float32x4_t v;
+
+  static Vec set(float x) { return {vdupq_n_f32(x)}; }
+  static Vec load(const float* p) { return {vld1q_f32(p)}; }
+  static Vec load_first(const float* p, int32_t n) {
+    float lanes[kLanes] = {};
+    for (int i = 0; i < n; ++i) lanes[i] = p[i];
+    return load(lanes);
+  }
+  // Lanes p[0], p[2], …; reads p[0 … 7].
+  static Vec load_even(const float* p) { return {vuzp1q_f32(vld1q_f32(p), vld1q_f32(p + 4))}; }
+  void store(float* p) const { vst1q_f32(p, v); }
+  void store_first(float* p, int32_t n) const {
+    float lanes[kLanes];
+    store(lanes);
+    for (int i = 0; i < n; ++i) p[i] = lanes[i];
+  }
+  Vec operator+(const Vec& b) const { return {vaddq_f32(v, b.v)}; }
+};
+
+static inline Vec fma(const Vec& a, const Vec& b, const Vec& c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+static inline Vec clip(const Vec& x, const Vec& lo, const Vec& hi) { return {vminq_f32(vmaxq_f32(x.v, lo.v), hi.v)}; }
+
+#include "common-inl.h"
+#include "end-inl.h"
+
+}  // namespace tk::neon
+
+namespace tk {
+static constexpr Isa isa = neon::describe("neon", 20, [] { return true; });
+extern const Isa* const isa_neon;
+const Isa* const isa_neon = &isa;
+}  // namespace tk
+#else
+namespace tk {
+extern const Isa* const isa_neon;
+const Isa* const isa_neon = nullptr;
+}  // namespace tk
+#endif

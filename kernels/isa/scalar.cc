@@ -1,0 +1,59 @@
+// Plain C++: always there, and the reference of every other ISA. Its 16 "lanes" give it the exact tiling of AVX-512.
+#include "../packed.h"
+
+namespace tk::scalar {
+
+struct Vec {
+  static constexpr int kLanes = 16;
+  float lane[kLanes];
+
+  static Vec set(float x) {
+    Vec r;
+    for (float& lane : r.lane) lane = x;
+    return r;
+  }
+  static Vec load_first(const float* p, int32_t n) {
+    Vec r{};
+    for (int i = 0; i < n; ++i) r.lane[i] = p[i];
+    return r;
+  }
+  static Vec load(const float* p) { return load_first(p, kLanes); }
+  // Lanes p[0], p[2], …; reads p[0 … 2 * kLanes - 2].
+  static Vec load_even(const float* p) {
+    Vec r;
+    for (int i = 0; i < kLanes; ++i) r.lane[i] = p[2 * i];
+    return r;
+  }
+  void store_first(float* p, int32_t n) const {
+    for (int i = 0; i < n; ++i) p[i] = lane[i];
+  }
+  void store(float* p) const { store_first(p, kLanes); }
+  Vec operator+(const Vec& b) const {
+    Vec r;
+    for (int i = 0; i < kLanes; ++i) r.lane[i] = lane[i] + b.lane[i];
+    return r;
+  }
+};
+
+static inline Vec fma(const Vec& a, const Vec& b, const Vec& c) {
+  Vec r;
+  for (int i = 0; i < Vec::kLanes; ++i) r.lane[i] = a.lane[i] * b.lane[i] + c.lane[i];
+  return r;
+}
+
+static inline Vec clip(const Vec& x, const Vec& lo, const Vec& hi) {
+  Vec r;
+  for (int i = 0; i < Vec::kLanes; ++i) r.lane[i] = x.lane[i] < lo.lane[i] ? lo.lane[i] : x.lane[i] > hi.lane[i] ? hi.lane[i] : x.lane[i];
+  return r;
+}
+
+#include "common-inl.h"
+#include "end-inl.h"
+
+}  // namespace tk::scalar
+
+namespace tk {
+static constexpr Isa isa = scalar::describe("scalar", 0, [] { return true; });
+extern const Isa* const isa_scalar;
+const Isa* const isa_scalar = &isa;
+}  // namespace tk

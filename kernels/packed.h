@@ -1,0 +1,80 @@
+// The packed form of a layer: what tk_*_pack writes and the kernels read. Internal; offsets are from the start of the header.
+#ifndef TICKETKIT_PACKED_H_
+#define TICKETKIT_PACKED_H_
+
+#include "ticketkit.h"
+
+namespace tk {
+
+constexpr uint64_t kMagic = 0x6b63617074656b74;  // "tktpack" and a marker; guards against a buffer that was never packed
+constexpr int kMaxTileVectors = 14;              // accumulators of one tile: 14 of AVX2's 16 registers, plus weight and spare
+
+constexpr int kGemmTileVectors = 8;              // batch rows of one gemm tile, in vectors
+
+enum Kernel : int32_t {
+#define TK_KERNEL(op, format, type) k_##op##_##format##_##type,
+#include "kernels.inc"
+#undef TK_KERNEL
+  kKernelCount
+};
+
+// One non-zero: its value and where its input vector starts, in bytes from the start of the block's input.
+struct Entry {
+  float value;
+  int32_t offset_bytes;
+};
+
+// A strip is one channel's pixels as one kernel column (and one stride phase of rows) sees them, flattened over the tile:
+// strip[i] = x[stride_h*(oh + row_min) + phase - pad_top, stride_w*ow + column*dilation_w - pad_left] with (oh, ow) the i-th pixel after the
+// tile's first, zero outside the image. Every tap of that column and phase is then a constant offset into the strip.
+struct Strip {
+  int32_t x_shift;        // column * dilation_w - pad_left
+  int32_t phase;          // row phase in [0, stride_h)
+  int32_t row_min;        // smallest row shift of its taps, in output rows
+  int32_t length;         // floats: tile + (row_max - row_min) * out_w, rounded up to whole vectors
+  int32_t offset;         // floats from the start of the channel's strips
+  int32_t reserved;
+};
+
+struct Packed {
+  uint64_t magic;
+  int32_t kernel, isa, lanes, tile_vectors;
+  int64_t total_bytes;
+  int64_t rows, cols;
+  tk_conv2d shape;               // conv2d only
+  int64_t out_h, out_w;          // conv2d only
+  int64_t tiles;                 // tiles per image (conv2d)
+  int64_t row_groups;            // groups of kGroupRows output rows: the finest part
+  int64_t blocks;                // blocks of input channels (conv2d) or columns (gemm)
+  int64_t block_channels;        // of every block but the last
+  int64_t channel_floats;        // floats of one channel's strips (conv2d) or of one column (gemm)
+  int32_t direct;                // 1: no strips, entries point into x itself (1x1, stride 1, unpadded, whole vectors)
+  int32_t strip_count;
+  int64_t strips_at, row_ptr_at, entries_at;  // byte offsets of Strip[strip_count], uint32_t[blocks][rows + 1], Entry[nnz]
+
+  template <class T>
+  const T* at(int64_t offset) const {
+    return reinterpret_cast<const T*>(reinterpret_cast<const char*>(this) + offset);
+  }
+  const Strip* strips() const { return at<Strip>(strips_at); }
+  const uint32_t* row_ptr(int64_t block) const { return at<uint32_t>(row_ptr_at) + block * (rows + 1); }
+  const Entry* entries() const { return at<Entry>(entries_at); }
+  int64_t block_begin(int64_t block) const { return block * block_channels; }
+};
+
+constexpr int64_t kGroupRows = 16;
+
+using RunFn = void (*)(const Packed&, const tk_args&, int64_t, int64_t, float*);
+
+// What an isa/NAME.cc file offers, as `const Isa* const isa_NAME`: null where it was compiled for another processor.
+struct Isa {
+  const char* name;
+  int32_t rank;  // the fastest usable one wins: higher is faster, scalar is 0
+  int32_t lanes;
+  bool (*usable)();
+  RunFn run[kKernelCount];
+};
+
+}  // namespace tk
+
+#endif  // TICKETKIT_PACKED_H_

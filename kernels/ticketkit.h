@@ -1,0 +1,130 @@
+// ticketkit: sparse kernels for pruned networks. The C ABI; knows nothing of Python, torch or ONNX Runtime.
+//
+// Life of a layer:   tk_*_csr_packed_bytes -> (caller allocates) -> tk_*_csr_pack -> tk_run, from any number of threads at once.
+//
+// Rules that hold for every call
+//   * Sizes are element counts; a name that ends in `_bytes` says otherwise.
+//   * Nothing allocates, prints, aborts, throws or starts a thread. The caller owns every buffer and splits the work.
+//   * Formats are checked once, when packing. tk_run trusts a packed buffer that tk_*_pack filled.
+//   * Every function but the plain getters returns a tk_status; TK_OK is 0; tk_status_text() gives one line in words.
+//   * Activations and images are float32, C order. Unless said otherwise pointers need the natural alignment of their type only.
+//   * Results depend on the packed buffer and the inputs alone, never on how the parts are split over threads.
+#ifndef TICKETKIT_H_
+#define TICKETKIT_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define TK_API __declspec(dllexport)
+#else
+#define TK_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum tk_status {
+  TK_OK = 0,
+  TK_BAD_ARGUMENT = 1,     // a null pointer or a negative count
+  TK_BAD_SHAPE = 2,        // a dimension < 1, a window that does not fit, or rows/cols that contradict the geometry
+  TK_BAD_VALUES = 3,       // a weight that is NaN or infinite
+  TK_BAD_COL_INDICES = 4,  // a column index outside [0, cols) or not strictly increasing within its row
+  TK_BAD_ROW_PTR = 5,      // row pointers that do not rise from 0 to nnz
+  TK_BAD_GAPS = 6,         // gap-coded positions that repeat or leave the weight
+  TK_BAD_BUFFER = 7,       // packed buffer or workspace too small, or not aligned to TK_ALIGNMENT bytes
+  TK_BAD_ISA = 8,          // an ISA this build or this machine does not have
+  TK_TOO_LARGE = 9         // a layer beyond the 32-bit offsets of the packed form
+} tk_status;
+
+TK_API const char* tk_status_text(tk_status status);
+
+enum { TK_ALIGNMENT = 64 };  // bytes; packed buffers and workspaces start on this boundary
+
+// ---- instruction sets -------------------------------------------------------------------------------------------------------
+
+// The ISAs are numbered 0 … tk_isa_count()-1, slowest first; number 0 is "scalar" and always usable.
+TK_API int32_t tk_isa_count(void);
+TK_API const char* tk_isa_name(int32_t isa);    // "scalar", "avx2", "avx512", "neon"; null if out of range
+TK_API int32_t tk_isa_usable(int32_t isa);      // 1 where both the processor and the operating system support it
+TK_API int32_t tk_isa_lanes(int32_t isa);       // float32 lanes of one vector
+// The ISA to use: the one named by the environment variable TICKETKIT_ISA, else the fastest usable. Returns TK_BAD_ISA for a name
+// that is unknown or not usable here.
+TK_API tk_status tk_isa_active(int32_t* isa);
+
+// ---- the table of kernels (kernels.inc), the same for every ISA ----------------------------------------------------------------
+
+TK_API int32_t tk_kernel_count(void);
+TK_API const char* tk_kernel_name(int32_t kernel);  // "conv2d_csr_f32", …: operation, weight format, type; null if out of range
+
+// ---- sparse weights -----------------------------------------------------------------------------------------------------------
+
+// A rows x cols matrix in compressed sparse rows. For a convolution rows = out_channels and cols = in_channels * kernel_h * kernel_w,
+// in the C order of the dense weight [out_channels, in_channels, kernel_h, kernel_w].
+typedef struct tk_csr {
+  int64_t rows, cols, nnz;
+  const float* values;         // [nnz], finite
+  const int32_t* col_indices;  // [nnz], strictly increasing within a row
+  const int64_t* row_ptr;      // [rows + 1], from 0 to nnz, never falling
+} tk_csr;
+
+TK_API tk_status tk_csr_validate(const tk_csr* weight);
+
+// Gap coding, the form weights have in files: flat C-order positions p_0 = gaps[0], p_i = p_{i-1} + gaps[i], strictly increasing and
+// below rows * cols. Writes col_indices [nnz] and row_ptr [rows + 1]; the values stay as they are. nnz may be 0.
+TK_API tk_status tk_gaps_decode(int64_t rows, int64_t cols, int64_t nnz, const uint16_t* gaps, int32_t* col_indices, int64_t* row_ptr);
+
+// ---- operations ---------------------------------------------------------------------------------------------------------------
+
+// y[n,m,oh,ow] = clip(bias[m] + residual[n,m,oh,ow] + sum_{c,i,j} w[m,c,i,j] * x[n, c, oh*stride_h - pad_top + i*dilation_h,
+//                                                                                  ow*stride_w - pad_left + j*dilation_w])
+// with x zero outside the image; out_h = (in_h + pad_top + pad_bottom - dilation_h*(kernel_h-1) - 1) / stride_h + 1, out_w alike.
+typedef struct tk_conv2d {
+  int64_t in_channels, in_h, in_w, out_channels;
+  int64_t kernel_h, kernel_w, stride_h, stride_w;
+  int64_t pad_top, pad_left, pad_bottom, pad_right;
+  int64_t dilation_h, dilation_w;
+} tk_conv2d;
+
+// How a layer is cut up. 0 means: choose. The choice changes speed and, in the last bits, the order of summation.
+typedef struct tk_tuning {
+  int32_t tile_vectors;    // vectors of pixels per tile, 1 … 14
+  int32_t block_channels;  // input channels per block
+} tk_tuning;
+
+// Bytes of the packed buffer, and the packing itself. `tuning` may be null. The packed buffer is position independent and
+// refers to neither `weight` nor `shape` afterwards.
+TK_API tk_status tk_conv2d_csr_packed_bytes(const tk_conv2d* shape, const tk_csr* weight, int32_t isa, const tk_tuning* tuning,
+                                            size_t* packed_bytes);
+TK_API tk_status tk_conv2d_csr_pack(const tk_conv2d* shape, const tk_csr* weight, int32_t isa, const tk_tuning* tuning, void* packed,
+                                    size_t packed_bytes);
+
+// y[n,m] = clip(bias[m] + residual[n,m] + sum_k w[m,k] * x[n,k])
+TK_API tk_status tk_gemm_csr_packed_bytes(const tk_csr* weight, int32_t isa, size_t* packed_bytes);
+TK_API tk_status tk_gemm_csr_pack(const tk_csr* weight, int32_t isa, void* packed, size_t packed_bytes);
+
+// What one run reads and writes. x: [batch, in_channels, in_h, in_w] or [batch, cols]; y and residual: [batch, out_channels, out_h,
+// out_w] or [batch, rows]; bias: [out_channels] or [rows]. bias and residual may be null (zero). y may equal residual and overlaps
+// nothing else. The result is clipped to [min, max]: -INFINITY and INFINITY for none, 0 and INFINITY for ReLU. NaN stays NaN.
+typedef struct tk_args {
+  int64_t batch;
+  const float* x;
+  const float* bias;
+  const float* residual;
+  float* y;
+  float min, max;
+} tk_args;
+
+// The work of one run is tk_parts() independent parts. Neighbouring parts share set-up, so give each thread one contiguous range.
+TK_API int64_t tk_parts(const void* packed, int64_t batch);
+TK_API size_t tk_workspace_bytes(const void* packed);  // per thread
+TK_API tk_status tk_run(const void* packed, const tk_args* args, int64_t part_begin, int64_t part_end, void* workspace);
+
+TK_API const char* tk_version(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif  // TICKETKIT_H_

@@ -1,0 +1,291 @@
+"""The native library through its C ABI (kernels/ticketkit.h). The only module that uses ctypes.
+
+Everything here works on numpy arrays and raises KernelError (library, ISA, buffers) or FormatError (a weight that breaks its format).
+"""
+
+from __future__ import annotations
+
+import ctypes as c
+import functools
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ticketkit.errors import FormatError, KernelError
+
+FloatArray = NDArray[np.float32]
+ALIGNMENT = 64  # bytes, TK_ALIGNMENT
+_FORMAT_STATUSES = range(3, 7)  # TK_BAD_VALUES … TK_BAD_GAPS: the weight is at fault, not the call
+_SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+
+
+@dataclass(frozen=True)
+class Isa:
+    """One instruction set of this build; `usable` where processor and operating system support it, `lanes` float32 per vector."""
+
+    index: int
+    name: str
+    usable: bool
+    lanes: int
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """Geometry of a convolution, in the order of `tk_conv2d`; sizes in pixels, groups = 1."""
+
+    in_channels: int
+    in_h: int
+    in_w: int
+    out_channels: int
+    kernel_h: int
+    kernel_w: int
+    stride_h: int = 1
+    stride_w: int = 1
+    pad_top: int = 0
+    pad_left: int = 0
+    pad_bottom: int = 0
+    pad_right: int = 0
+    dilation_h: int = 1
+    dilation_w: int = 1
+
+    @property
+    def out_h(self) -> int:
+        return (self.in_h + self.pad_top + self.pad_bottom - self.dilation_h * (self.kernel_h - 1) - 1) // self.stride_h + 1
+
+    @property
+    def out_w(self) -> int:
+        return (self.in_w + self.pad_left + self.pad_right - self.dilation_w * (self.kernel_w - 1) - 1) // self.stride_w + 1
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A rows x cols CSR matrix: values f32 [nnz], col_indices i32 [nnz], row_ptr i64 [rows + 1]."""
+
+    rows: int
+    cols: int
+    values: FloatArray
+    col_indices: NDArray[np.int32]
+    row_ptr: NDArray[np.int64]
+
+
+class _Csr(c.Structure):
+    _fields_ = [("rows", c.c_int64), ("cols", c.c_int64), ("nnz", c.c_int64),
+                ("values", c.c_void_p), ("col_indices", c.c_void_p), ("row_ptr", c.c_void_p)]  # fmt: skip
+
+
+class _Conv2d(c.Structure):
+    _fields_ = [(name, c.c_int64) for name in ConvShape.__dataclass_fields__]
+
+
+class _Tuning(c.Structure):
+    _fields_ = [("tile_vectors", c.c_int32), ("block_channels", c.c_int32)]
+
+
+class _Args(c.Structure):
+    _fields_ = [("batch", c.c_int64), ("x", c.c_void_p), ("bias", c.c_void_p), ("residual", c.c_void_p), ("y", c.c_void_p),
+                ("min", c.c_float), ("max", c.c_float)]  # fmt: skip
+
+
+_SIGNATURES: dict[str, tuple[Any, Sequence[Any]]] = {
+    "tk_status_text": (c.c_char_p, [c.c_int]),
+    "tk_version": (c.c_char_p, []),
+    "tk_isa_count": (c.c_int32, []),
+    "tk_isa_name": (c.c_char_p, [c.c_int32]),
+    "tk_isa_usable": (c.c_int32, [c.c_int32]),
+    "tk_isa_lanes": (c.c_int32, [c.c_int32]),
+    "tk_isa_active": (c.c_int, [c.POINTER(c.c_int32)]),
+    "tk_kernel_count": (c.c_int32, []),
+    "tk_kernel_name": (c.c_char_p, [c.c_int32]),
+    "tk_csr_validate": (c.c_int, [c.POINTER(_Csr)]),
+    "tk_gaps_decode": (c.c_int, [c.c_int64, c.c_int64, c.c_int64, c.c_void_p, c.c_void_p, c.c_void_p]),
+    "tk_conv2d_csr_packed_bytes": (c.c_int, [c.POINTER(_Conv2d), c.POINTER(_Csr), c.c_int32, c.POINTER(_Tuning), c.POINTER(c.c_size_t)]),
+    "tk_conv2d_csr_pack": (c.c_int, [c.POINTER(_Conv2d), c.POINTER(_Csr), c.c_int32, c.POINTER(_Tuning), c.c_void_p, c.c_size_t]),
+    "tk_gemm_csr_packed_bytes": (c.c_int, [c.POINTER(_Csr), c.c_int32, c.POINTER(c.c_size_t)]),
+    "tk_gemm_csr_pack": (c.c_int, [c.POINTER(_Csr), c.c_int32, c.c_void_p, c.c_size_t]),
+    "tk_parts": (c.c_int64, [c.c_void_p, c.c_int64]),
+    "tk_workspace_bytes": (c.c_size_t, [c.c_void_p]),
+    "tk_run": (c.c_int, [c.c_void_p, c.POINTER(_Args), c.c_int64, c.c_int64, c.c_void_p]),
+}
+
+
+def library_path() -> Path:
+    """The shared library with the kernels and onnxruntime's custom operators; `$TICKETKIT_LIBRARY` overrides the installed one.
+
+    Raises KernelError where there is none.
+    """
+    forced = os.environ.get("TICKETKIT_LIBRARY")
+    path = Path(forced) if forced else Path(__file__).with_name(f"libticketkit{_SUFFIX}")
+    if not path.is_file():
+        source = "named by $TICKETKIT_LIBRARY" if forced else "of the installed package"
+        raise KernelError(f"native library {source} not found at {path}; reinstall ticketkit (pip install .) so that kernels/ is built")
+    return path
+
+
+@functools.cache
+def _library() -> c.CDLL:
+    path = library_path()
+    try:
+        library = c.CDLL(str(path))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        raise KernelError(f"native library {path} cannot be loaded: {error}; reinstall ticketkit (pip install .)") from error
+    return library
+
+
+def _check(status: int, what: str) -> None:
+    if status:
+        text = f"{what}: {_library().tk_status_text(status).decode()}"
+        raise FormatError(text) if status in _FORMAT_STATUSES else KernelError(text)
+
+
+def version() -> str:
+    """Version of the native library, which is that of the package it was built with."""
+    return str(_library().tk_version().decode())
+
+
+def isas() -> list[Isa]:
+    """The instruction sets of this build, slowest first; "scalar" is always there and always usable."""
+    tk = _library()
+    return [
+        Isa(i, tk.tk_isa_name(i).decode(), bool(tk.tk_isa_usable(i)), tk.tk_isa_lanes(i)) for i in range(tk.tk_isa_count())
+    ]
+
+
+def active_isa() -> Isa:
+    """The instruction set in use: the one `$TICKETKIT_ISA` names, else the fastest usable.
+
+    Raises KernelError for a name that is unknown or cannot run here.
+    """
+    index = c.c_int32()
+    if _library().tk_isa_active(c.byref(index)):
+        usable = ", ".join(isa.name for isa in isas() if isa.usable)
+        raise KernelError(f"TICKETKIT_ISA={os.environ.get('TICKETKIT_ISA')} is unknown or cannot run here; usable: {usable}")
+    return isas()[index.value]
+
+
+def kernels() -> list[str]:
+    """Names of the rows of kernels.inc, such as "conv2d_csr_f32"; every ISA has every row."""
+    tk = _library()
+    return [tk.tk_kernel_name(i).decode() for i in range(tk.tk_kernel_count())]
+
+
+def aligned(count_bytes: int) -> NDArray[np.uint8]:
+    """Zeroed bytes that start on a TK_ALIGNMENT boundary."""
+    raw = np.zeros(count_bytes + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + count_bytes]
+
+
+def _float_array(x: FloatArray | None, shape: tuple[int, ...], name: str) -> FloatArray | None:
+    if x is not None and (x.shape != shape or x.dtype != np.float32 or not x.flags.c_contiguous):
+        raise KernelError(f"{name}: expected float32 {list(shape)} in C order, got {x.dtype} {list(x.shape)}")
+    return x
+
+
+class Layer:
+    """A packed sparse layer, ready to run. Build one with `conv2d` or `gemm`."""
+
+    def __init__(self, packed: NDArray[np.uint8], in_shape: tuple[int, ...], out_shape: tuple[int, ...]) -> None:
+        self.packed, self.in_shape, self.out_shape = packed, in_shape, out_shape
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Scratch memory one thread needs."""
+        return int(_library().tk_workspace_bytes(self.packed.ctypes.data))
+
+    def parts(self, batch: int) -> int:
+        """Number of independent parts of a run over `batch` images or rows."""
+        return int(_library().tk_parts(self.packed.ctypes.data, batch))
+
+    def run(
+        self,
+        x: FloatArray,
+        bias: FloatArray | None = None,
+        residual: FloatArray | None = None,
+        *,
+        minimum: float = -np.inf,
+        maximum: float = np.inf,
+        cuts: Sequence[int] = (),
+        out: FloatArray | None = None,
+    ) -> FloatArray:
+        """clip(op(x) + bias + residual) for x f32 [batch, *in_shape]; returns f32 [batch, *out_shape], written to `out` if given.
+
+        bias is f32 [out_shape[0]], residual has the shape of the result; `cuts` are the part numbers at which the work is split into
+        separate calls (the result does not depend on them). Raises KernelError for a wrong shape or dtype.
+        """
+        batch = x.shape[0] if x.ndim else 0
+        y = np.empty((batch, *self.out_shape), np.float32) if out is None else out
+        _float_array(x, (batch, *self.in_shape), "x")
+        _float_array(bias, self.out_shape[:1], "bias")
+        _float_array(residual, (batch, *self.out_shape), "residual")
+        _float_array(y, (batch, *self.out_shape), "out")
+        scratch = aligned(self.workspace_bytes)
+        args = _Args(batch, x.ctypes.data, None if bias is None else bias.ctypes.data,
+                     None if residual is None else residual.ctypes.data, y.ctypes.data, minimum, maximum)  # fmt: skip
+        edges = [0, *sorted(cuts), self.parts(batch)]
+        for begin, end in zip(edges, edges[1:], strict=False):
+            _check(_library().tk_run(self.packed.ctypes.data, c.byref(args), begin, end, scratch.ctypes.data), "run")
+        return y
+
+
+def _csr(weight: Weight) -> _Csr:
+    expected = {"values": np.float32, "col_indices": np.int32, "row_ptr": np.int64}
+    for field, dtype in expected.items():
+        array = getattr(weight, field)
+        if array.dtype != dtype or array.ndim != 1 or not array.flags.c_contiguous:
+            raise FormatError(f"{field}: expected one-dimensional {np.dtype(dtype)}, got {array.dtype} {list(array.shape)}")
+    if len(weight.row_ptr) != weight.rows + 1 or len(weight.values) != len(weight.col_indices):
+        raise FormatError(f"row_ptr: expected {weight.rows + 1} entries and as many values as col_indices, got {len(weight.row_ptr)}, "
+                          f"{len(weight.values)} and {len(weight.col_indices)}")  # fmt: skip
+    return _Csr(weight.rows, weight.cols, len(weight.values),
+                weight.values.ctypes.data, weight.col_indices.ctypes.data, weight.row_ptr.ctypes.data)  # fmt: skip
+
+
+def _isa_index(isa: str | None) -> int:
+    if isa is None:
+        return active_isa().index
+    for known in isas():
+        if known.name == isa:
+            return known.index
+    raise KernelError(f"unknown ISA {isa!r}; this build has {', '.join(i.name for i in isas())}")
+
+
+def conv2d(shape: ConvShape, weight: Weight, *, isa: str | None = None, tile_vectors: int = 0, block_channels: int = 0) -> Layer:
+    """Packs a convolution with CSR weights [out_channels, in_channels * kernel_h * kernel_w].
+
+    `isa` defaults to the active one; tile_vectors (1 … 14) and block_channels are chosen where 0. Raises FormatError, KernelError.
+    """
+    tk, csr, geometry = _library(), _csr(weight), _Conv2d(*astuple(shape))
+    index, tuning, size = _isa_index(isa), _Tuning(tile_vectors, block_channels), c.c_size_t()
+    _check(tk.tk_conv2d_csr_packed_bytes(geometry, csr, index, tuning, size), "conv2d")
+    packed = aligned(size.value)
+    _check(tk.tk_conv2d_csr_pack(geometry, csr, index, tuning, packed.ctypes.data, size.value), "conv2d")
+    return Layer(packed, (shape.in_channels, shape.in_h, shape.in_w), (shape.out_channels, shape.out_h, shape.out_w))
+
+
+def gemm(weight: Weight, *, isa: str | None = None) -> Layer:
+    """Packs a fully connected layer with CSR weights [rows = out_features, cols = in_features]. Raises FormatError, KernelError."""
+    tk, csr, index, size = _library(), _csr(weight), _isa_index(isa), c.c_size_t()
+    _check(tk.tk_gemm_csr_packed_bytes(csr, index, size), "gemm")
+    packed = aligned(size.value)
+    _check(tk.tk_gemm_csr_pack(csr, index, packed.ctypes.data, size.value), "gemm")
+    return Layer(packed, (weight.cols,), (weight.rows,))
+
+
+def gaps_decode(rows: int, cols: int, gaps: NDArray[np.uint16]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """col_indices i32 [nnz] and row_ptr i64 [rows + 1] of gap-coded positions u16 [nnz]. Raises FormatError."""
+    gaps = np.ascontiguousarray(gaps, np.uint16)
+    if not 1 <= rows < 2**31:
+        raise FormatError(f"rows: expected 1 … 2^31 - 1, got {rows}")
+    col_indices, row_ptr = np.empty(len(gaps), np.int32), np.empty(rows + 1, np.int64)
+    status = _library().tk_gaps_decode(rows, cols, len(gaps), gaps.ctypes.data, col_indices.ctypes.data, row_ptr.ctypes.data)
+    _check(status, "gaps")
+    return col_indices, row_ptr
