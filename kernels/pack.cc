@@ -104,7 +104,8 @@ tk_status plan_conv2d(const tk_conv2d& s, const tk_csr& w, int32_t isa, const tk
   const bool pointwise = s.kernel_h * s.kernel_w * s.stride_h * s.stride_w == 1 && s.pad_top + s.pad_left + s.pad_bottom + s.pad_right == 0;
   const int64_t phase_count = phases(s);
   if (phase_count * s.kernel_w > kMaxStrips) return TK_TOO_LARGE;
-  p->direct = pointwise && pixels % lanes == 0;
+  p->direct = pointwise && pixels % lanes == 0 && !(tuning && tuning->strips == 1);
+  if (tuning && (!within(tuning->strips, 0, 2) || (tuning->strips == 2 && !p->direct))) return TK_BAD_ARGUMENT;
   p->strip_count = p->direct ? 0 : static_cast<int32_t>(phase_count * s.kernel_w);
   if (p->direct) {
     p->channel_floats = pixels;

@@ -84,7 +84,7 @@ class _Conv2d(c.Structure):
 
 
 class _Tuning(c.Structure):
-    _fields_ = [("tile_vectors", c.c_int32), ("block_channels", c.c_int32)]
+    _fields_ = [("tile_vectors", c.c_int32), ("block_channels", c.c_int32), ("strips", c.c_int32)]
 
 
 class _Args(c.Structure):
@@ -258,16 +258,27 @@ def _isa_index(isa: str | None) -> int:
     raise KernelError(f"unknown ISA {isa!r}; this build has {', '.join(i.name for i in isas())}")
 
 
-def conv2d(shape: ConvShape, weight: Weight, *, isa: str | None = None, tile_vectors: int = 0, block_channels: int = 0) -> Layer:
+@dataclass(frozen=True)
+class Tuning:
+    """How a convolution is cut up (`tk_tuning`): vectors of pixels per tile (1 … 14), input channels per block, strips 1 (copy the
+    input) or 2 (read it in place, where possible). 0 leaves the choice to the library."""
+
+    tile_vectors: int = 0
+    block_channels: int = 0
+    strips: int = 0
+
+
+def conv2d(shape: ConvShape, weight: Weight, *, isa: str | None = None, tuning: Tuning | None = None) -> Layer:
     """Packs a convolution with CSR weights [out_channels, in_channels * kernel_h * kernel_w].
 
-    `isa` defaults to the active one; tile_vectors (1 … 14) and block_channels are chosen where 0. Raises FormatError, KernelError.
+    `isa` defaults to the active one. Raises FormatError, KernelError.
     """
     tk, csr, geometry = _library(), _csr(weight), _Conv2d(*astuple(shape))
-    index, tuning, size = _isa_index(isa), _Tuning(tile_vectors, block_channels), c.c_size_t()
-    _check(tk.tk_conv2d_csr_packed_bytes(geometry, csr, index, tuning, size), "conv2d")
+    index, size = _isa_index(isa), c.c_size_t()
+    cut = _Tuning(*astuple(tuning or Tuning()))
+    _check(tk.tk_conv2d_csr_packed_bytes(geometry, csr, index, cut, size), "conv2d")
     packed = aligned(size.value)
-    _check(tk.tk_conv2d_csr_pack(geometry, csr, index, tuning, packed.ctypes.data, size.value), "conv2d")
+    _check(tk.tk_conv2d_csr_pack(geometry, csr, index, cut, packed.ctypes.data, size.value), "conv2d")
     return Layer(packed, (shape.in_channels, shape.in_h, shape.in_w), (shape.out_channels, shape.out_h, shape.out_w))
 
 

@@ -1,0 +1,416 @@
+// ONNX Runtime operators ai.ticketkit::SparseConv and ai.ticketkit::SparseGemm (version 1) over the kernels of ticketkit.h.
+//
+//   inputs      X f32, values f32 [nnz], gaps u16 [nnz] (see tk_gaps_decode), B f32 [out], and for SparseConv optionally Z f32, the residual
+//   attributes  weight_shape, activation "None" | "Relu" | "Clip" (with min, max); SparseConv: strides [2], pads [4], dilations [2]
+//
+// values and gaps must be initializers. They are validated when the session is made; a layer is packed when it first meets an image size.
+// Work is split over ONNX Runtime's own threads; the session option "ai.ticketkit.threads" says how many there are (default: all cores).
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../ticketkit.h"
+#include "ort_abi.h"
+
+namespace tk::ort {
+namespace {
+
+// What a callback throws inside; turned into a Status at its boundary.
+struct Error {
+  ErrorCode code;
+  std::string text;
+};
+
+[[noreturn]] void fail(ErrorCode code, std::string text) { throw Error{code, std::move(text)}; }
+
+void check(const Api* api, Status* status) {
+  if (!status) return;
+  std::string text = error_message(api, status);
+  release_status(api, status);
+  fail(kFail, std::move(text));
+}
+
+template <class F>
+Status* guarded(const Api* api, F body) noexcept {
+  try {
+    body();
+    return nullptr;
+  } catch (const Error& e) {
+    return create_status(api, e.code, e.text.c_str());
+  } catch (const std::bad_alloc&) {
+    return create_status(api, kFail, "ticketkit: out of memory");
+  } catch (...) {
+    return create_status(api, kFail, "ticketkit: unexpected failure");
+  }
+}
+
+// Memory on a TK_ALIGNMENT boundary.
+class Buffer {
+ public:
+  explicit Buffer(size_t bytes = 0) { grow(bytes); }
+  void* data() const { return data_.get(); }
+  void grow(size_t bytes) {
+    if (bytes <= size_) return;
+    const size_t rounded = (bytes + TK_ALIGNMENT - 1) / TK_ALIGNMENT * TK_ALIGNMENT;
+    data_.reset(std::aligned_alloc(TK_ALIGNMENT, rounded));
+    size_ = data_ ? rounded : 0;
+    if (!data_) throw std::bad_alloc();
+  }
+
+ private:
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  std::unique_ptr<void, Free> data_;
+  size_t size_ = 0;
+};
+
+struct Tensor {
+  const void* data = nullptr;
+  std::vector<int64_t> shape;
+  ElementType type = kFloat;
+
+  int64_t count() const {
+    int64_t n = 1;
+    for (const int64_t d : shape) n *= d;
+    return n;
+  }
+};
+
+Tensor read(const Api* api, const Value* value) {
+  TensorInfo* info = nullptr;
+  check(api, tensor_info(api, value, &info));
+  const auto release = [api](TensorInfo* p) { release_tensor_info(api, p); };
+  const std::unique_ptr<TensorInfo, decltype(release)> owner(info, release);
+  Tensor t;
+  size_t rank = 0;
+  check(api, dimension_count(api, info, &rank));
+  t.shape.resize(rank);
+  check(api, dimensions(api, info, t.shape.data(), rank));
+  check(api, element_type(api, info, &t.type));
+  void* data = nullptr;
+  check(api, tensor_data(api, const_cast<Value*>(value), &data));
+  t.data = data;
+  return t;
+}
+
+std::string text(const std::vector<int64_t>& shape) {
+  std::string s = "[";
+  for (size_t i = 0; i < shape.size(); ++i) s += (i ? "," : "") + std::to_string(shape[i]);
+  return s + "]";
+}
+
+std::vector<int64_t> ints(const Api* api, const KernelInfo* info, const char* name, size_t expected) {
+  size_t size = 0;
+  if (Status* status = attribute_ints(api, info, name, nullptr, &size)) release_status(api, status);
+  if (size != expected) fail(kInvalidGraph, std::string(name) + ": expected " + std::to_string(expected) + " integers, got " + std::to_string(size));
+  std::vector<int64_t> values(size);
+  check(api, attribute_ints(api, info, name, values.data(), &size));
+  return values;
+}
+
+struct Weight {
+  std::vector<int32_t> col_indices;
+  std::vector<int64_t> row_ptr;
+  tk_csr csr;
+};
+
+// Decodes and validates; `values` is used in place.
+Weight decode(const Tensor& values, const Tensor& gaps, int64_t rows, int64_t cols) {
+  if (values.type != kFloat || values.shape.size() != 1) fail(kInvalidGraph, "values: expected a one-dimensional float tensor, got " + text(values.shape));
+  if (gaps.type != kUint16 || gaps.shape != values.shape) {
+    fail(kInvalidGraph, "gaps: expected uint16 " + text(values.shape) + " like values, got " + text(gaps.shape));
+  }
+  constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
+  if (rows < 1 || cols < 1 || rows > kMax || cols > kMax) fail(kInvalidGraph, "weight_shape: " + text({rows, cols}) + " is out of range");
+  const int64_t nnz = values.shape[0];
+  if (nnz > kMax || (nnz + cols - 1) / cols > rows) fail(kInvalidGraph, "values: " + std::to_string(nnz) + " of them do not fit weight " + text({rows, cols}));
+  Weight w;
+  w.col_indices.resize(static_cast<size_t>(nnz));
+  w.row_ptr.resize(static_cast<size_t>(rows) + 1);
+  tk_status status = tk_gaps_decode(rows, cols, nnz, static_cast<const uint16_t*>(gaps.data), w.col_indices.data(), w.row_ptr.data());
+  w.csr = {rows, cols, nnz, static_cast<const float*>(values.data), w.col_indices.data(), w.row_ptr.data()};
+  if (status == TK_OK) status = tk_csr_validate(&w.csr);
+  if (status != TK_OK) fail(kInvalidGraph, tk_status_text(status));
+  return w;
+}
+
+// Runs a packed layer on ONNX Runtime's threads, one contiguous range of parts each.
+class Job {
+ public:
+  Job(const void* packed, const tk_args& args, int64_t threads) : packed_(packed), args_(args), parts_(tk_parts(packed, args.batch)) {
+    ranges_ = threads < parts_ ? threads : parts_;
+  }
+
+  void run(const Api* api, KernelContext* context) {
+    if (ranges_ <= 1) {
+      range(this, 0);
+    } else {
+      check(api, parallel_for(api, context, range, static_cast<size_t>(ranges_), size_t{0}, static_cast<void*>(this)));
+    }
+    if (status_ != TK_OK) fail(kFail, tk_status_text(status_));
+    if (out_of_memory_) throw std::bad_alloc();
+  }
+
+ private:
+  static void range(void* self, size_t index) {
+    thread_local Buffer workspace;
+    Job& job = *static_cast<Job*>(self);
+    try {
+      workspace.grow(tk_workspace_bytes(job.packed_));
+    } catch (const std::bad_alloc&) {
+      job.out_of_memory_ = true;
+      return;
+    }
+    const int64_t i = static_cast<int64_t>(index);
+    const tk_status status = tk_run(job.packed_, &job.args_, job.parts_ * i / job.ranges_, job.parts_ * (i + 1) / job.ranges_, workspace.data());
+    if (status != TK_OK) job.status_ = status;
+  }
+
+  const void* packed_;
+  const tk_args args_;
+  const int64_t parts_;
+  int64_t ranges_ = 1;
+  std::atomic<tk_status> status_{TK_OK};
+  std::atomic<bool> out_of_memory_{false};
+};
+
+struct Operator : CustomOp {
+  const Api* api = nullptr;
+  bool is_conv = false;
+  int64_t threads = 1;
+};
+
+// A node of the graph: what its attributes say and its packed forms, one per image size met.
+class Node {
+ public:
+  Node(const Operator& op, const Api* api, const KernelInfo* info) : api_(api), is_conv_(op.is_conv), threads_(op.threads) {
+    if (tk_isa_active(&isa_) != TK_OK) {
+      const char* forced = std::getenv("TICKETKIT_ISA");
+      fail(kInvalidArgument, std::string("TICKETKIT_ISA=") + (forced ? forced : "") + " is unknown or cannot run here");
+    }
+    shape_ = ints(api, info, "weight_shape", is_conv_ ? 4 : 2);
+    for (const int64_t d : shape_) {
+      if (d < 1 || d > std::numeric_limits<int32_t>::max()) fail(kInvalidGraph, "weight_shape: " + text(shape_) + " is out of range");
+    }
+    if (is_conv_) {
+      strides_ = ints(api, info, "strides", 2);
+      pads_ = ints(api, info, "pads", 4);
+      dilations_ = ints(api, info, "dilations", 2);
+      if (shape_[2] > 4096 || shape_[3] > 4096) fail(kInvalidGraph, "weight_shape: kernel of " + text(shape_) + " is out of range");
+    }
+    read_activation(info);
+    const Tensor values = constant(info, 1, "values"), gaps = constant(info, 2, "gaps");
+    decode(values, gaps, rows(), cols());
+  }
+
+  void compute(KernelContext* context) {
+    const Tensor x = input(context, 0), bias = input(context, 3);
+    if (x.type != kFloat || bias.type != kFloat || bias.shape != std::vector<int64_t>{rows()}) fail(kInvalidArgument, "B: expected float " + text({rows()}) + ", got " + text(bias.shape));
+    const std::vector<int64_t> y_shape = output_shape(x);
+    size_t inputs = 0;
+    check(api_, input_count(api_, context, &inputs));
+    Tensor residual;
+    if (inputs > 4) residual = input(context, 4);
+    if (residual.data && residual.shape != y_shape) fail(kInvalidArgument, "Z: expected " + text(y_shape) + " like Y, got " + text(residual.shape));
+    Value* y = nullptr;
+    check(api_, output(api_, context, size_t{0}, y_shape.data(), y_shape.size(), &y));
+    if (x.shape[0] == 0) return;
+    void* y_data = nullptr;
+    check(api_, tensor_data(api_, y, &y_data));
+    const std::shared_ptr<const Buffer> packed = packed_for(context, x);
+    const tk_args args = {x.shape[0], static_cast<const float*>(x.data), static_cast<const float*>(bias.data), static_cast<const float*>(residual.data),
+                          static_cast<float*>(y_data), min_, max_};
+    Job(packed->data(), args, threads_).run(api_, context);
+  }
+
+  const Api* api() const { return api_; }
+
+ private:
+  int64_t rows() const { return shape_[0]; }
+  int64_t cols() const { return is_conv_ ? shape_[1] * shape_[2] * shape_[3] : shape_[1]; }
+
+  void read_activation(const KernelInfo* info) {
+    char name[16] = "";
+    size_t size = sizeof(name);
+    check(api_, attribute_string(api_, info, "activation", name, &size));
+    if (std::strcmp(name, "Relu") == 0) {
+      min_ = 0.0f;
+    } else if (std::strcmp(name, "Clip") == 0) {
+      check(api_, attribute_float(api_, info, "min", &min_));
+      check(api_, attribute_float(api_, info, "max", &max_));
+    } else if (std::strcmp(name, "None") != 0) {
+      fail(kInvalidGraph, std::string("activation: expected None, Relu or Clip, got ") + name);
+    }
+  }
+
+  Tensor constant(const KernelInfo* info, size_t index, const char* name) const {
+    int is_constant = 0;
+    const Value* value = nullptr;
+    check(api_, constant_input(api_, info, index, &is_constant, &value));
+    if (!is_constant || !value) fail(kInvalidGraph, std::string(name) + ": must be an initializer of the model");
+    return read(api_, value);
+  }
+
+  Tensor input(KernelContext* context, size_t index) const {
+    const Value* value = nullptr;
+    check(api_, ort::input(api_, context, index, &value));
+    return value ? read(api_, value) : Tensor{};
+  }
+
+  std::vector<int64_t> output_shape(const Tensor& x) const {
+    const size_t rank = is_conv_ ? 4 : 2;
+    if (x.shape.size() != rank || x.shape[1] != shape_[1]) {
+      fail(kInvalidArgument, "X: expected [N," + std::to_string(shape_[1]) + (is_conv_ ? ",H,W]" : "]") + ", got " + text(x.shape));
+    }
+    if (!is_conv_) return {x.shape[0], rows()};
+    std::vector<int64_t> y = {x.shape[0], rows(), 0, 0};
+    for (size_t i = 0; i < 2; ++i) {
+      const int64_t room = x.shape[2 + i] + pads_[i] + pads_[2 + i] - dilations_[i] * (shape_[2 + i] - 1) - 1;
+      if (strides_[i] < 1 || room < 0) fail(kInvalidArgument, "X: " + text(x.shape) + " is smaller than the window of weight " + text(shape_));
+      y[2 + i] = room / strides_[i] + 1;
+    }
+    return y;
+  }
+
+  std::shared_ptr<const Buffer> packed_for(KernelContext* context, const Tensor& x) {
+    constexpr size_t kKeep = 4;  // image sizes
+    const std::vector<int64_t> size(x.shape.begin() + 2, x.shape.end());
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const auto& entry : packed_) {
+      if (entry.first == size) return entry.second;
+    }
+    const Tensor values = input(context, 1), gaps = input(context, 2);
+    auto packed = pack(decode(values, gaps, rows(), cols()), size);
+    if (packed_.size() == kKeep) packed_.erase(packed_.begin());
+    packed_.emplace_back(size, packed);
+    return packed;
+  }
+
+  std::shared_ptr<const Buffer> pack(const Weight& w, const std::vector<int64_t>& size) const {
+    size_t bytes = 0;
+    tk_conv2d s{};
+    if (is_conv_) {
+      s = {shape_[1], size[0],  size[1],  shape_[0], shape_[2], shape_[3],     strides_[0],
+           strides_[1], pads_[0], pads_[1], pads_[2],  pads_[3],  dilations_[0], dilations_[1]};
+    }
+    tk_status status = is_conv_ ? tk_conv2d_csr_packed_bytes(&s, &w.csr, isa_, nullptr, &bytes) : tk_gemm_csr_packed_bytes(&w.csr, isa_, &bytes);
+    if (status != TK_OK) fail(kFail, tk_status_text(status));
+    auto packed = std::make_shared<Buffer>(bytes);
+    status = is_conv_ ? tk_conv2d_csr_pack(&s, &w.csr, isa_, nullptr, packed->data(), bytes) : tk_gemm_csr_pack(&w.csr, isa_, packed->data(), bytes);
+    if (status != TK_OK) fail(kFail, tk_status_text(status));
+    return packed;
+  }
+
+  const Api* api_;
+  const bool is_conv_;
+  const int64_t threads_;
+  int32_t isa_ = 0;
+  std::vector<int64_t> shape_, strides_, pads_, dilations_;
+  float min_ = -std::numeric_limits<float>::infinity(), max_ = std::numeric_limits<float>::infinity();
+  std::mutex mutex_;
+  std::vector<std::pair<std::vector<int64_t>, std::shared_ptr<const Buffer>>> packed_;
+};
+
+std::string name_of(const Api* api, const KernelInfo* info) {
+  char name[256] = "";
+  size_t size = sizeof(name);
+  if (Status* status = node_name(api, info, name, &size)) release_status(api, status);
+  return name;
+}
+
+// The operator as the table of callbacks ONNX Runtime wants.
+void describe(Operator* op, const Api* api, bool is_conv, int64_t threads) {
+  static_cast<CustomOp&>(*op) = CustomOp{};
+  op->api = api;
+  op->is_conv = is_conv;
+  op->threads = threads;
+  op->version = kApiVersion;
+  op->get_name = [](const CustomOp* self) { return static_cast<const Operator*>(self)->is_conv ? "SparseConv" : "SparseGemm"; };
+  op->get_execution_provider = [](const CustomOp*) -> const char* { return nullptr; };
+  op->get_input_type = [](const CustomOp*, size_t index) { return index == 2 ? kUint16 : kFloat; };
+  op->get_input_count = [](const CustomOp* self) -> size_t { return static_cast<const Operator*>(self)->is_conv ? 5 : 4; };
+  op->get_output_type = [](const CustomOp*, size_t) { return kFloat; };
+  op->get_output_count = [](const CustomOp*) -> size_t { return 1; };
+  op->get_input_characteristic = [](const CustomOp*, size_t index) { return index == 4 ? kOptional : kRequired; };
+  op->get_output_characteristic = [](const CustomOp*, size_t) { return kRequired; };
+  op->get_input_memory_type = [](const CustomOp*, size_t) { return 0; };
+  op->get_start_version = [](const CustomOp*) { return 1; };
+  op->get_end_version = [](const CustomOp*) { return 1; };
+  op->create_kernel_v2 = [](const CustomOp* self, const Api* given, const KernelInfo* info, void** kernel) {
+    return guarded(given, [&] {
+      try {
+        *kernel = new Node(*static_cast<const Operator*>(self), given, info);
+      } catch (const Error& e) {
+        fail(e.code, "ticketkit: node '" + name_of(given, info) + "': " + e.text);
+      }
+    });
+  };
+  op->compute_v2 = [](void* kernel, KernelContext* context) {
+    Node* const node = static_cast<Node*>(kernel);
+    return guarded(node->api(), [&] { node->compute(context); });
+  };
+  op->destroy = [](void* kernel) { delete static_cast<Node*>(kernel); };
+}
+
+// One domain per thread count, made once and kept for the life of the process, as ONNX Runtime demands of registered operators.
+struct Domain {
+  Operator conv, gemm;
+  CustomOpDomain* handle = nullptr;
+};
+
+int64_t threads_of(const Api* api, const SessionOptions* options) {
+  const char* const key = "ai.ticketkit.threads";
+  int has = 0;
+  check(api, has_session_config(api, options, key, &has));
+  if (has) {
+    char value[32] = "";
+    size_t size = sizeof(value);
+    check(api, session_config(api, options, key, value, &size));
+    const long long threads = std::atoll(value);
+    if (threads < 1 || threads > 4096) fail(kInvalidArgument, std::string(key) + ": expected 1 … 4096, got " + value);
+    return threads;
+  }
+  const unsigned cores = std::thread::hardware_concurrency();
+  return cores ? cores : 1;
+}
+
+CustomOpDomain* domain_for(const Api* api, int64_t threads) {
+  static std::mutex mutex;
+  static std::map<int64_t, std::unique_ptr<Domain>>* const domains = new std::map<int64_t, std::unique_ptr<Domain>>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::unique_ptr<Domain>& slot = (*domains)[threads];
+  if (!slot) {
+    auto made = std::make_unique<Domain>();
+    describe(&made->conv, api, true, threads);
+    describe(&made->gemm, api, false, threads);
+    check(api, create_domain(api, "ai.ticketkit", &made->handle));
+    check(api, domain_add(api, made->handle, &made->conv));
+    check(api, domain_add(api, made->handle, &made->gemm));
+    slot = std::move(made);
+  }
+  return slot->handle;
+}
+
+}  // namespace
+}  // namespace tk::ort
+
+// The one symbol SessionOptions.register_custom_ops_library looks for.
+extern "C" TK_API tk::ort::Status* RegisterCustomOps(tk::ort::SessionOptions* options, const tk::ort::ApiBase* base) {
+  using namespace tk::ort;
+  const Api* const api = base->get_api(kApiVersion);
+  if (!api) {
+    std::fprintf(stderr, "ticketkit: onnxruntime %s is too old; 1.17 or newer is needed\n", base->get_version_string());
+    return nullptr;
+  }
+  return guarded(api, [&] { check(api, add_domain(api, options, domain_for(api, threads_of(api, options)))); });
+}

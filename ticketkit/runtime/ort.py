@@ -1,0 +1,26 @@
+"""Registers ticketkit's operators with onnxruntime."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ticketkit.errors import KernelError
+from ticketkit.runtime import native
+
+THREADS_KEY = "ai.ticketkit.threads"  # session option: how many threads the operators split their work over
+
+
+def register(options: Any) -> None:
+    """Adds SparseConv and SparseGemm (domain `ai.ticketkit`) to an onnxruntime `SessionOptions`.
+
+    Call it after `intra_op_num_threads` is set: the operators split their work over that many threads (0: all cores).
+    Raises KernelError where the library is missing, cannot be loaded or `$TICKETKIT_ISA` cannot run here.
+    """
+    path = native.library_path()
+    native.active_isa()
+    if options.intra_op_num_threads > 0:
+        options.add_session_config_entry(THREADS_KEY, str(options.intra_op_num_threads))
+    try:
+        options.register_custom_ops_library(str(path))
+    except Exception as error:  # onnxruntime raises its own classes, which derive from RuntimeError or Exception by version
+        raise KernelError(f"onnxruntime cannot register {path}: {error}") from error
