@@ -1,0 +1,1 @@
+"""Training objectives, one file each: a loss for the training loop and a metric to report."""

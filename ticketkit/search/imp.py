@@ -1,0 +1,216 @@
+"""Iterative magnitude pruning: Algorithm 1 of Chen et al., "The Lottery Tickets Hypothesis for Supervised and Self-supervised
+Pre-training in Computer Vision Models" (CVPR 2021), resumable after any step.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ticketkit import masks as algebra
+from ticketkit import models, tasks
+from ticketkit.errors import TicketError
+from ticketkit.masks import Masks
+from ticketkit.pretrain import supervised
+from ticketkit.search import rewind as points
+from ticketkit.search import setup
+from ticketkit.search.interrupt import deferred_interrupt
+from ticketkit.search.progress import Progress
+from ticketkit.search.rundir import Arrays, Row, RunDir
+from ticketkit.search.train import Settings, Training
+from ticketkit.tasks import Data, Task
+from ticketkit.tasks._data import Batches, evaluation_batches
+from ticketkit.ticket import Ticket
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished search: its directory, run.json and the lines of rounds.jsonl (row 0 is the dense reference)."""
+
+    path: Path
+    config: dict[str, Any]
+    rows: list[Row]
+
+    @property
+    def ticket(self) -> Ticket:
+        """The ticket of the last round."""
+        return RunDir(self.path).round(self.rows[-1]["round"])[1]
+
+
+@dataclass(frozen=True)
+class Search:
+    """Algorithm 1 on one network, one task and one run directory; `every` is the seconds between two checkpoints."""
+
+    module: nn.Module
+    task: Task
+    data: Data
+    settings: Settings
+    config: dict[str, Any]
+    run: RunDir
+    every: float
+    progress: Progress
+
+    def iterate(self, theta: Arrays, rounds: int) -> None:
+        """Until `rounds` rounds are on disk: train, prune, rewind. The dense reference starts from `theta`, θ_p."""
+        batches = Batches(self.task, self.data.train, self.settings.batch_size)
+        rewound_step = points.step_of(self.config["rewind"], self.settings.steps)
+        masks = algebra.full({name: theta[name] for name in models.prunable(self.config["model"], self.module)})  # m = 1
+        for k in range(rounds + 1):
+            if k >= len(self.run.rows()):
+                start, step = (theta, 0) if k == 0 else (self.run.rewind(), rewound_step)  # rewind the weights to θ
+                seconds = self.train(k, start, step, masks, batches)  # train f(x; m ⊙ θ, γ) for t epochs
+                self.finish(k, masks, seconds)
+            masks = algebra.global_magnitude(self.run.round(k)[0], masks, self.config["rate"])  # prune the smallest that remain
+
+    def train(self, k: int, start: Arrays, step: int, masks: Masks, batches: Batches) -> float:
+        """Train round k from `start`, or from where it stopped; returns the seconds it took, over all its sittings."""
+        models.assign(self.module, start)
+        training = Training(self.module, masks, self.settings, k, step)
+        seconds = self._resume(training)
+        began, saved, level = time.monotonic() - seconds, time.monotonic(), algebra.sparsity(masks)
+        early = points.step_of("early", self.settings.steps) if k == 0 and self.config["rewind"] == "early" else None
+
+        def after_step(now: Training) -> None:
+            nonlocal saved
+            self.progress.step(k, level, now.loss, now.accuracy)
+            if now.step == early:
+                self.run.save_rewind(models.arrays(now.module))
+            due = time.monotonic() - saved >= self.every or stop.is_set()
+            if due or now.step % batches.steps_per_epoch == 0 or now.step == self.settings.steps:
+                self.run.save_state(now.state(), time.monotonic() - began)
+                saved = time.monotonic()
+            if stop.is_set():
+                raise KeyboardInterrupt
+
+        with deferred_interrupt() as stop:
+            training.run(batches, after_step)
+        return time.monotonic() - began
+
+    def _resume(self, training: Training) -> float:
+        saved = self.run.state(training.round)
+        if saved is None:
+            return 0.0
+        training.load(saved[0])
+        return saved[1]
+
+    def finish(self, k: int, masks: Masks, seconds: float) -> None:
+        """Measure the trained round, and write ticket, weights and row."""
+        classes, name = self.config["num_classes"], self.config["model"]
+        score, loss = supervised.evaluate(self.module, evaluation_batches(self.task, self.data.test), classes)
+        val_score, _ = supervised.evaluate(self.module, evaluation_batches(self.task, self.data.val), classes)
+        dense = self.run.rows()[0]["metric"] if k else score
+        origin = ("model", "weights", "weights_sha256", "objective", "task", "rewind", "rate", "seed", "version")
+        facts = {"round": k, "sparsity": algebra.sparsity(masks), "layer_sparsity": algebra.layer_sparsity(masks)}
+        measured = {"metric_name": self.task.metric, "dense_metric": [dense], "ticket_metric": [score]}
+        meta = {**{key: self.config[key] for key in origin}, **models.rule(name), **facts, **measured}
+        ticket = Ticket(masks, self.run.rewind(), meta)
+        pruned = sum(mask.size for mask in masks.values()) - algebra.kept(masks)
+        row = {
+            **facts,
+            "sparsity_model": pruned / sum(parameter.numel() for parameter in self.module.parameters()),
+            "kept": algebra.kept(masks),
+            "metric": score,
+            "metric_name": self.task.metric,
+            "val_metric": val_score,
+            "loss": loss,
+            "seconds": round(seconds, 1),
+            "mask_sha256": ticket.mask_sha256,
+        }
+        self.run.finish(row, ticket.apply(models.arrays(self.module)), ticket)
+        self.progress.finished(row, self.run.rows()[0])
+
+
+def find(
+    task: str = "digits",
+    *,
+    model: str | None = None,
+    weights: str | None = None,
+    rounds: int | None = None,
+    sparsity: float | None = None,
+    rate: float = 0.2,
+    epochs: int | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    schedule: str | None = None,
+    weight_decay: float | None = None,
+    seed: int = 0,
+    rewind: str = "pretrained",
+    data: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    threads: int | None = None,
+    checkpoint_seconds: float = 60.0,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Find lottery tickets by iterative magnitude pruning, or take up an interrupted search where it stopped.
+
+    Args:
+        task: one of `ticketkit.tasks.names()`.
+        model: one of `ticketkit.models.names()`; default: the task's.
+        weights: checkpoint file, torchvision weight name, or "random"; default: the model family's.
+        rounds: pruning rounds after the dense reference (round 0), default 3. Round k has sparsity 1 - (1 - rate)^k.
+        sparsity: instead of rounds: as many as reach this fraction of the prunable weights.
+        rate: fraction of the remaining weights pruned each round.
+        epochs, steps: length of a round, one of the two; default: the task's epochs.
+        batch_size, lr, schedule, weight_decay: of SGD with momentum 0.9; default: the task's. Schedules:
+            multistep, cosine, constant.
+        seed: of initialisation, data order and augmentation; 0 is a seed like any other.
+        rewind: "pretrained", "init" or "early", see `ticketkit.search.rewind`.
+        data: the task's data folder.
+        out: run directory; default: runs/TASK-MODEL-seedN. If it holds this very run, the run goes on
+            there; more rounds may be asked for.
+        threads: of torch; default: those the run began with, else torch's own choice.
+        checkpoint_seconds: the state is written at the end of each epoch and at least this often in between.
+        progress: told of each step and round.
+
+    Returns:
+        The run directory, its configuration and one row for each round asked for, dense first.
+
+    Raises:
+        TicketkitError: anything wrong with the options, the data, the weights or the run directory, in one line.
+        KeyboardInterrupt: after Ctrl-C, once the state is on disk.
+    """
+    chosen, count = tasks.get(task), setup.rounds(rounds, sparsity, rate)
+    model = model or chosen.model
+    run = RunDir(out if out is not None else Path("runs") / f"{task}-{model}-seed{seed}")
+    images = chosen.load(None if data is None else Path(data))
+    changes = {"lr": lr, "schedule": schedule, "weight_decay": weight_decay}
+    settings = setup.settings(chosen.recipe, len(images.train), epochs, steps, batch_size, seed, **changes)
+    rewound_step = points.step_of(rewind, settings.steps)
+    with torch.random.fork_rng(devices=[]), setup.torch_threads(threads, run), progress or Progress() as shown:
+        start = setup.network(model, weights, len(images.classes), chosen.size, seed)
+        config = setup.config(chosen, model, images, settings, start.source, rewind=rewind, rate=rate, rounds=count)
+        run.claim(config)
+        if rewind != "early" and not run.has_rewind():
+            run.save_rewind(start.pretrained if rewind == "pretrained" else start.initial)
+        shown.start(count, setup.steps_left(run, settings.steps, rewound_step, count), start.source.remarks)
+        Search(start.module, chosen, images, settings, config, run, checkpoint_seconds, shown).iterate(start.pretrained, count)
+    return RunResult(run.path, run.config(), run.rows()[: count + 1])
+
+
+def load_round(path: str | os.PathLike[str], round: int | None = None) -> tuple[nn.Module, dict[str, Any], Ticket]:
+    """What `find` left behind of one round: the network with its trained weights (pruned ones exactly zero) in evaluation mode,
+    run.json, and the ticket.
+
+    Args:
+        path: run directory.
+        round: its number; default: the last finished one.
+
+    Raises:
+        TicketError: no run directory, no such round, or damaged files.
+        ModelError: the weights do not fit the model.
+    """
+    run = RunDir(path)
+    config, rows = run.config(), run.rows()
+    if not rows or (round is not None and not 0 <= round < len(rows)):
+        raise TicketError(f"{path}: round {round or 0} is not finished, {len(rows)} rounds are; run find again")
+    trained, ticket = run.round(len(rows) - 1 if round is None else round)
+    module = models.build(config["model"], config["num_classes"], config["input_shape"][1])
+    models.assign(module, ticket.apply(trained))
+    return module.eval(), config, ticket

@@ -1,0 +1,128 @@
+"""The run directory: what a search leaves on disk, written so that a crash at any moment loses at most the last minute.
+
+    run.json              what defines the run
+    rounds.jsonl          one line for each finished round; a round counts as finished once its line is there
+    round_KK/             ticket.safetensors (masks, rewind weights), weights.safetensors (trained, pruned weights exactly zero)
+    rewind.safetensors    the weights each round starts from
+    state.safetensors     the round in progress
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+from safetensors.numpy import save as to_safetensors
+
+from ticketkit.errors import TicketError
+from ticketkit.ticket import Ticket, read_safetensors, write_atomic
+
+Arrays = dict[str, NDArray[Any]]
+Row = dict[str, Any]
+# May differ when a run is taken up again: how far it goes, where its files lie, and what only describes it.
+FREE = {"rounds", "threads", "version", "weights", "weights_remarks", "classes"}
+
+
+class RunDir:
+    """Reads and writes one run directory; every write is atomic."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def claim(self, config: Mapping[str, Any]) -> None:
+        """Make the directory for a run of this configuration, or check that it holds one.
+
+        Raises:
+            TicketError: it holds a run of another configuration (the fields are named), other files, or cannot be written.
+        """
+        if (self.path / "run.json").exists():
+            there = self.config()
+            differ = [key for key in sorted({*config, *there} - FREE) if config.get(key) != there.get(key)]
+            if differ:
+                fields = "; ".join(f"{key} is {_short(there.get(key))} there, {_short(config.get(key))} here" for key in differ)
+                raise TicketError(f"{self.path} holds a different run ({fields}); repeat its options or choose another --out")
+        elif self.path.is_dir() and any(self.path.iterdir()):
+            raise TicketError(f"{self.path} is not empty and holds no run; choose another --out")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TicketError(f"{self.path}: cannot make the run directory ({error.strerror}); choose another --out") from None
+        write_atomic(self.path / "run.json", (json.dumps(dict(config), indent=2) + "\n").encode())
+
+    def config(self) -> dict[str, Any]:
+        """The content of run.json."""
+        return dict(self._json(self.path / "run.json", self._read(self.path / "run.json")))
+
+    def rows(self) -> list[Row]:
+        """The finished rounds, in order."""
+        path = self.path / "rounds.jsonl"
+        return [self._json(path, line) for line in self._read(path).splitlines()] if path.exists() else []
+
+    def finish(self, row: Row, weights: Arrays, ticket: Ticket) -> None:
+        """Keep a finished round. The line in rounds.jsonl comes last: without it the round is done again from its state."""
+        folder = self.folder(row["round"])
+        folder.mkdir(exist_ok=True)
+        write_atomic(folder / "weights.safetensors", to_safetensors(weights))
+        ticket.save(folder / "ticket.safetensors")
+        lines = [json.dumps(each) + "\n" for each in (*self.rows(), row)]
+        write_atomic(self.path / "rounds.jsonl", "".join(lines).encode())
+        (self.path / "state.safetensors").unlink(missing_ok=True)
+
+    def folder(self, round: int) -> Path:
+        """The directory of one round."""
+        return self.path / f"round_{round:02d}"
+
+    def round(self, round: int) -> tuple[Arrays, Ticket]:
+        """Trained weights and ticket of a finished round."""
+        return self._weights(self.folder(round) / "weights.safetensors"), Ticket.load(self.folder(round) / "ticket.safetensors")
+
+    def save_state(self, state: Arrays, seconds: float) -> None:
+        """Keep the round in progress."""
+        write_atomic(self.path / "state.safetensors", to_safetensors(state, {"seconds": json.dumps(seconds)}))
+
+    def state(self, round: int) -> tuple[Arrays, float] | None:
+        """The state of `round` in progress and the seconds spent on it, if there is one."""
+        path = self.path / "state.safetensors"
+        if not path.exists():
+            return None
+        tensors, metadata = read_safetensors(path)
+        return (tensors, float(metadata["seconds"])) if tensors["position"][0] == round else None
+
+    def save_rewind(self, weights: Arrays) -> None:
+        """Keep the weights that rounds rewind to."""
+        write_atomic(self.path / "rewind.safetensors", to_safetensors(weights))
+
+    def has_rewind(self) -> bool:
+        """True once the weights that rounds rewind to are known."""
+        return (self.path / "rewind.safetensors").exists()
+
+    def rewind(self) -> Arrays:
+        """The weights that rounds rewind to."""
+        return self._weights(self.path / "rewind.safetensors")
+
+    def _weights(self, path: Path) -> Arrays:
+        return read_safetensors(path)[0]
+
+    def _read(self, path: Path) -> str:
+        try:
+            return path.read_text()
+        except (OSError, UnicodeDecodeError):
+            raise TicketError(f"{path}: cannot be read; expected the run directory of `ticketkit find`") from None
+
+    def _json(self, path: Path, text: str) -> Row:
+        try:
+            value = json.loads(text)
+        except ValueError as error:
+            raise TicketError(f"{path}: damaged ({error}); the rounds' own folders are still there") from None
+        if not isinstance(value, dict):
+            raise TicketError(f"{path}: expected a JSON object, got {_short(value)}")
+        return value
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

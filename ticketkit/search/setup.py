@@ -1,0 +1,142 @@
+"""From the words of the user to a search: settings, the network and its two starting points, and run.json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ticketkit import __version__, models
+from ticketkit import masks as algebra
+from ticketkit.errors import TicketError
+from ticketkit.models import Source
+from ticketkit.pretrain import supervised
+from ticketkit.search.rundir import Arrays, RunDir
+from ticketkit.search.train import SCHEDULES, Settings
+from ticketkit.tasks import Data, Recipe, Task
+
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Start:
+    """A network, its random initialisation θ_0, and its pretrained weights θ_p with where they came from."""
+
+    module: nn.Module
+    initial: Arrays
+    pretrained: Arrays
+    source: Source
+
+
+def rounds(count: int | None, sparsity: float | None, rate: float) -> int:
+    """Pruning rounds from either of the two ways to ask for them."""
+    if not 0.0 < rate < 1.0:
+        raise TicketError(f"--rate: expected a fraction between 0 and 1, got {rate:g}")
+    if count is not None and sparsity is not None:
+        raise TicketError("--rounds and --sparsity say the same thing; give one of them")
+    if count is not None and count < 0:
+        raise TicketError(f"--rounds: expected 0 or more, got {count}")
+    return (ROUNDS if count is None else count) if sparsity is None else algebra.rounds_to(sparsity, rate)
+
+
+def settings(
+    recipe: Recipe,
+    images: int,
+    epochs: int | None,
+    steps: int | None,
+    batch_size: int | None,
+    seed: int,
+    *,
+    lr: float | None,
+    schedule: str | None,
+    weight_decay: float | None,
+) -> Settings:
+    """The task's recipe with the user's changes, for `images` training images."""
+    if epochs is not None and steps is not None:
+        raise TicketError("--epochs and --steps say the same thing; give one of them")
+    given = {"--epochs": epochs, "--steps": steps, "--batch-size": batch_size}
+    for option, value in given.items():
+        if value is not None and value < 1:
+            raise TicketError(f"{option}: expected at least 1, got {value}")
+    if seed < 0:
+        raise TicketError(f"--seed: expected 0 or more, got {seed}")
+    if lr is not None and not 0.0 < lr < math.inf:
+        raise TicketError(f"--lr: expected a positive learning rate, got {lr:g}")
+    if weight_decay is not None and not 0.0 <= weight_decay < math.inf:
+        raise TicketError(f"--weight-decay: expected 0 or more, got {weight_decay:g}")
+    if schedule is not None and schedule not in SCHEDULES:
+        raise TicketError(f"--schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}")
+    batch = min(batch_size or recipe.batch_size, images)
+    return Settings(
+        steps=steps or (epochs or recipe.epochs) * (images // batch),
+        batch_size=batch,
+        lr=recipe.lr if lr is None else lr,
+        schedule=schedule or recipe.schedule,
+        milestones=recipe.milestones,
+        weight_decay=recipe.weight_decay if weight_decay is None else weight_decay,
+        momentum=recipe.momentum,
+        seed=seed,
+    )
+
+
+def network(model: str, weights: str | None, num_classes: int, size: int, seed: int) -> Start:
+    """Build the network from the seed and give it its pretrained weights."""
+    torch.manual_seed(seed)
+    module = models.build(model, num_classes, size)
+    initial = models.arrays(module)
+    source = models.load_weights(model, module, weights)
+    return Start(module, initial, models.arrays(module), source)
+
+
+def config(
+    task: Task, model: str, data: Data, settings: Settings, source: Source, *, rewind: str, rate: float, rounds: int
+) -> dict[str, Any]:
+    """The content of run.json."""
+    return {
+        "task": task.name,
+        "model": model,
+        "num_classes": len(data.classes),
+        "classes": list(data.classes),
+        "input_shape": [3, task.size, task.size],
+        "mean": list(task.mean),
+        "std": list(task.std),
+        "data_sha256": data.sha256,
+        "weights": source.name,
+        "weights_sha256": source.sha256,
+        "weights_remarks": list(source.remarks),
+        "objective": supervised.NAME,
+        "rewind": rewind,
+        "rate": rate,
+        "rounds": rounds,
+        **asdict(settings),
+        "milestones": list(settings.milestones),
+        "threads": torch.get_num_threads(),
+        "version": __version__,
+    }
+
+
+def steps_left(run: RunDir, steps: int, rewound_step: int, rounds: int) -> int:
+    """Training steps that are not yet on disk."""
+    done = len(run.rows())
+    left = sum(steps - (rewound_step if k else 0) for k in range(done, rounds + 1))
+    state = run.state(done)
+    return left - (int(state[0]["position"][1]) - (rewound_step if done else 0)) if state and done <= rounds else left
+
+
+@contextmanager
+def torch_threads(threads: int | None, run: RunDir) -> Iterator[None]:
+    """Use `threads` threads, by default as many as the run began with: sums in another order would give other masks."""
+    if threads is not None and threads < 1:
+        raise TicketError(f"--threads: expected at least 1, got {threads}")
+    before = torch.get_num_threads()
+    began = int(run.config()["threads"]) if (run.path / "run.json").exists() else before
+    torch.set_num_threads(threads or began)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
