@@ -1,0 +1,46 @@
+"""OpenVINO on the CPU: dense, latency hint, one stream, shapes fixed to those of the feeds.
+
+float32 is asked for by name: on CPUs with bf16 or AMX units OpenVINO would otherwise lower the precision, and its speed would
+not be comparable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+from ticketkit.bench.engines import Arrays, Feeds
+
+MULTIPLIES_ZEROS = True
+PLAIN_ONNX = True
+
+
+def available() -> tuple[bool, str]:
+    return (True, "") if find_spec("openvino") else (False, "openvino is not installed (pip install 'ticketkit[bench]')")
+
+
+def version() -> str:
+    import openvino
+
+    return str(openvino.__version__).partition("-")[0]
+
+
+def isa() -> str:
+    return "own choice"
+
+
+def load(path: Path, threads: int, feeds: Feeds) -> Callable[[], Arrays]:
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(path)
+    model.reshape({name: list(array.shape) for name, array in feeds.items()})
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+    }
+    request = core.compile_model(model, "CPU", settings).create_infer_request()
+    return lambda: list(request.infer(feeds, share_inputs=True, share_outputs=True).values())

@@ -1,0 +1,46 @@
+"""PyTorch eager on the CPU: dense, what a model costs before anybody deploys it.
+
+The ONNX graph is rebuilt as a torch module by `bench.torch_graph`; an operator unknown there is an error, not a wrong row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+from ticketkit.bench.engines import Arrays, Feeds
+
+MULTIPLIES_ZEROS = True
+PLAIN_ONNX = True
+
+
+def available() -> tuple[bool, str]:
+    return (True, "") if find_spec("torch") else (False, "torch is not installed (pip install 'ticketkit[find]')")
+
+
+def version() -> str:
+    import torch
+
+    return str(torch.__version__)
+
+
+def isa() -> str:
+    import torch
+
+    return str(torch.backends.cpu.get_cpu_capability()).lower()
+
+
+def load(path: Path, threads: int, feeds: Feeds) -> Callable[[], Arrays]:
+    import torch
+
+    from ticketkit.bench.torch_graph import as_module
+
+    torch.set_num_threads(threads)
+    module, inputs = as_module(path), [torch.from_numpy(array) for array in feeds.values()]
+
+    def run() -> Arrays:
+        with torch.inference_mode():
+            return [y.numpy() for y in module(*inputs)]
+
+    return run

@@ -1,0 +1,105 @@
+"""What works here, and why the rest does not: `ticketkit doctor`."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+import ticketkit
+from ticketkit.bench import engines, machine
+from ticketkit.errors import KernelError
+
+PACKAGES = (
+    *("numpy", "onnx", "onnxruntime", "ml_dtypes", "safetensors", "click", "rich", "psutil"),  # the base install
+    *("torch", "torchvision", "lightning-fabric", "torchmetrics", "onnxscript", "scikit-learn", "pillow"),  # [find]
+    "openvino",  # [bench]
+)
+
+
+def examine() -> dict[str, Any]:
+    """Facts about this machine and installation, ready for JSON. Never raises for what is merely missing.
+
+    `library.error` is the one finding that means ticketkit cannot work here; it is None when the native library loads.
+    """
+    physical, usable = machine.cores()
+    return {
+        "ticketkit": ticketkit.__version__,
+        "commit": machine.commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": {"name": machine.cpu_name(), "cores": physical, "processors": usable},
+        "library": _library(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "engines": {name: _engine(name) for name in engines.names()},
+    }
+
+
+def render(found: dict[str, Any]) -> RenderableType:
+    """The findings as tables."""
+    return Group(_machine(found), _engines(found), _packages(found))
+
+
+def _library() -> dict[str, Any]:
+    from ticketkit.runtime import native
+
+    found: dict[str, Any] = {"path": None, "version": None, "isas": [], "active": None, "isa_error": None, "error": None}
+    try:
+        found["path"] = str(native.library_path())
+        found["version"] = native.version()
+        found["isas"] = [{"name": isa.name, "usable": isa.usable, "lanes": isa.lanes} for isa in native.isas()]
+    except KernelError as error:
+        return found | {"error": str(error)}
+    try:
+        found["active"] = native.active_isa().name
+    except KernelError as error:  # TICKETKIT_ISA names one that cannot run: the library itself is fine
+        found["isa_error"] = str(error)
+    return found
+
+
+def _engine(name: str) -> dict[str, Any]:
+    engine = engines.get(name)
+    usable, why = engine.available()
+    return {"usable": usable, "why_not": why, "multiplies_zeros": engine.MULTIPLIES_ZEROS}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _machine(found: dict[str, Any]) -> Table:
+    cpu, library = found["cpu"], found["library"]
+    table = Table(title="machine and library", title_justify="left", show_header=False)
+    table.add_row("ticketkit", " ".join(filter(None, (found["ticketkit"], found["commit"]))))
+    table.add_row("python", f"{found['python']} on {found['platform']}")
+    table.add_row("CPU", Text(f"{cpu['name']}, {cpu['cores']} cores, {cpu['processors']} processors usable"))
+    table.add_row("library", Text(library["error"] or f"{library['path']} ({library['version']})"))
+    for isa in library["isas"]:
+        state = "usable" if isa["usable"] else "built, but not supported by this CPU or system"
+        active = ", active" if isa["name"] == library["active"] else ""
+        table.add_row(f"ISA {isa['name']}", f"{state}, {isa['lanes']} lanes{active}")
+    if library["isa_error"]:
+        table.add_row("ISA", Text(library["isa_error"]))
+    return table
+
+
+def _engines(found: dict[str, Any]) -> Table:
+    table = Table("engine", "usable", "zeros", title="engines of `ticketkit bench`", title_justify="left")
+    for name, engine in found["engines"].items():
+        zeros = "multiplied" if engine["multiplies_zeros"] else "skipped"
+        table.add_row(name, Text("yes" if engine["usable"] else f"no: {engine['why_not']}"), zeros)
+    return table
+
+
+def _packages(found: dict[str, Any]) -> Table:
+    table = Table("package", "version", title="packages", title_justify="left")
+    for name, number in found["packages"].items():
+        table.add_row(name, number or "not installed")
+    return table
