@@ -32,8 +32,8 @@ def cli() -> None:
 @cli.command()
 @click.argument("task")
 @click.option("--model", metavar="NAME", help="Network, e.g. resnet20 or resnet50.  [default: the task's]")
-@click.option("--weights", metavar="W", help="Pretrained weights: a checkpoint file (safetensors or torch), a torchvision name such as"
-              " IMAGENET1K_V1, or random.  [default: random; IMAGENET1K_V1 for torchvision's networks]")
+@click.option("--weights", metavar="W", help="Pretrained weights: a checkpoint file (safetensors or torch), a torchvision name"
+              " such as IMAGENET1K_V1, or random.  [default: random; IMAGENET1K_V1 for torchvision's networks]")
 @click.option("--rounds", type=int, metavar="N", help="Pruning rounds after the dense reference, round 0.  [default: 3]")
 @click.option("--sparsity", type=float, metavar="S", help="Instead of --rounds: prune until this fraction, e.g. 0.9.")
 @click.option("--rate", type=float, default=0.2, show_default=True, help="Fraction of the remaining weights pruned each round.")
@@ -41,7 +41,7 @@ def cli() -> None:
 @click.option("--steps", type=int, metavar="N", help="Instead of --epochs: optimizer steps in each round.")
 @click.option("--batch-size", type=int, metavar="N", help="Images per step.  [default: the task's]")
 @click.option("--lr", type=float, help="Learning rate of SGD at the start of a round.  [default: the task's]")
-@click.option("--schedule", metavar="NAME", help="Learning rate over a round: multistep, cosine or constant.  [default: the task's]")
+@click.option("--schedule", metavar="NAME", help="Of the learning rate: multistep, cosine or constant.  [default: the task's]")
 @click.option("--weight-decay", type=float, help="L2 penalty.  [default: the task's]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of initialisation, data order and augmentation.")
 @click.option("--rewind", default="pretrained", show_default=True, metavar="POINT",
