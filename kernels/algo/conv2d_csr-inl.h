@@ -29,13 +29,36 @@ static void fill_strip(const tk_conv2d& s, int64_t out_w, const Strip& strip, co
   }
 }
 
+// The same where stride is 1 and out_w = in_w: the strip is the flat plane moved by x_shift, but for the columns that wrapped around.
+static void fill_strip_flat(const tk_conv2d& s, const Strip& strip, const float* plane, int64_t first, float* to) {
+  const int64_t width = s.in_w, begin = first + (strip.phase - s.pad_top) * width, shift = strip.x_shift;  // to[i] = plane[begin + shift + i]
+  const int64_t low = larger(0, smaller(-(begin + shift), strip.length));
+  const int64_t high = larger(low, smaller(s.in_h * width - (begin + shift), strip.length));
+  zero(to, low);
+  copy_strided(plane + begin + shift + low, 1, high - low, to + low);
+  zero(to + high, strip.length - high);
+  const int64_t wrapped = shift < 0 ? smaller(-shift, width) : smaller(shift, width);
+  const int64_t at = shift < 0 ? 0 : width - wrapped;  // first wrapped column
+  int64_t row = begin % width;
+  for (row = -(row < 0 ? row + width : row); row < strip.length; row += width) {
+    for (int64_t i = larger(0, row + at); i < smaller(row + at + wrapped, strip.length); ++i) to[i] = 0.0f;
+  }
+}
+
 static void fill_block(const Packed& p, const float* image, int64_t channel_begin, int64_t channel_end, int64_t first_pixel, float* to) {
   const tk_conv2d& s = p.shape;
   const Strip* const strips = p.strips();
+  const bool flat = s.stride_h == 1 && s.stride_w == 1 && p.out_w == s.in_w;
   for (int64_t c = channel_begin; c < channel_end; ++c, to += p.channel_floats) {
     const float* const plane = image + c * s.in_h * s.in_w;
     for (int32_t i = 0; i < p.strip_count; ++i) {
-      fill_strip(s, p.out_w, strips[i], plane, first_pixel + strips[i].row_min * p.out_w, to + strips[i].offset);
+      const int64_t first = first_pixel + strips[i].row_min * p.out_w;
+      float* const strip = to + strips[i].offset;
+      if (flat) {
+        fill_strip_flat(s, strips[i], plane, first, strip);
+      } else {
+        fill_strip(s, p.out_w, strips[i], plane, first, strip);
+      }
     }
   }
 }

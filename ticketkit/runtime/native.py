@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ticketkit.errors import FormatError, KernelError
+from ticketkit.formats import Parts
 
 FloatArray = NDArray[np.float32]
 ALIGNMENT = 64  # bytes, TK_ALIGNMENT
@@ -55,23 +56,17 @@ class ConvShape:
     dilation_w: int = 1
 
     @property
+    def cols(self) -> int:
+        """Columns of the weight as a matrix."""
+        return self.in_channels * self.kernel_h * self.kernel_w
+
+    @property
     def out_h(self) -> int:
         return (self.in_h + self.pad_top + self.pad_bottom - self.dilation_h * (self.kernel_h - 1) - 1) // self.stride_h + 1
 
     @property
     def out_w(self) -> int:
         return (self.in_w + self.pad_left + self.pad_right - self.dilation_w * (self.kernel_w - 1) - 1) // self.stride_w + 1
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A rows x cols CSR matrix: values f32 [nnz], col_indices i32 [nnz], row_ptr i64 [rows + 1]."""
-
-    rows: int
-    cols: int
-    values: FloatArray
-    col_indices: NDArray[np.int32]
-    row_ptr: NDArray[np.int64]
 
 
 class _Csr(c.Structure):
@@ -236,17 +231,18 @@ class Layer:
         return y
 
 
-def _csr(weight: Weight) -> _Csr:
-    expected = {"values": np.float32, "col_indices": np.int32, "row_ptr": np.int64}
-    for field, dtype in expected.items():
-        array = getattr(weight, field)
+def _csr(rows: int, cols: int, parts: Parts) -> _Csr:
+    """The matrix as the C ABI wants it; only what C cannot see is checked here: dtypes and lengths."""
+    for name, dtype in (("values", np.float32), ("col_indices", np.int32), ("row_ptr", np.int64)):
+        array = parts[name]
         if array.dtype != dtype or array.ndim != 1 or not array.flags.c_contiguous:
-            raise FormatError(f"{field}: expected one-dimensional {np.dtype(dtype)}, got {array.dtype} {list(array.shape)}")
-    if len(weight.row_ptr) != weight.rows + 1 or len(weight.values) != len(weight.col_indices):
-        raise FormatError(f"row_ptr: expected {weight.rows + 1} entries and as many values as col_indices, got {len(weight.row_ptr)}, "
-                          f"{len(weight.values)} and {len(weight.col_indices)}")  # fmt: skip
-    return _Csr(weight.rows, weight.cols, len(weight.values),
-                weight.values.ctypes.data, weight.col_indices.ctypes.data, weight.row_ptr.ctypes.data)  # fmt: skip
+            raise FormatError(f"{name}: expected a one-dimensional {np.dtype(dtype)} array, got {array.dtype} {list(array.shape)}")
+    values, col_indices, row_ptr = (parts[name] for name in ("values", "col_indices", "row_ptr"))
+    if len(row_ptr) != rows + 1:
+        raise FormatError(f"row_ptr: expected {rows + 1} entries for {rows} rows, got {len(row_ptr)}")
+    if len(values) != len(col_indices):
+        raise FormatError(f"col_indices: expected {len(values)} entries (values length), got {len(col_indices)}")
+    return _Csr(rows, cols, len(values), values.ctypes.data, col_indices.ctypes.data, row_ptr.ctypes.data)
 
 
 def _isa_index(isa: str | None) -> int:
@@ -268,12 +264,12 @@ class Tuning:
     strips: int = 0
 
 
-def conv2d(shape: ConvShape, weight: Weight, *, isa: str | None = None, tuning: Tuning | None = None) -> Layer:
-    """Packs a convolution with CSR weights [out_channels, in_channels * kernel_h * kernel_w].
+def conv2d(shape: ConvShape, parts: Parts, *, isa: str | None = None, tuning: Tuning | None = None) -> Layer:
+    """Packs a convolution whose weight [out_channels, in_channels, kernel_h, kernel_w] is given as CSR arrays (formats/csr.py).
 
     `isa` defaults to the active one. Raises FormatError, KernelError.
     """
-    tk, csr, geometry = _library(), _csr(weight), _Conv2d(*astuple(shape))
+    tk, csr, geometry = _library(), _csr(shape.out_channels, shape.cols, parts), _Conv2d(*astuple(shape))
     index, size = _isa_index(isa), c.c_size_t()
     cut = _Tuning(*astuple(tuning or Tuning()))
     _check(tk.tk_conv2d_csr_packed_bytes(geometry, csr, index, cut, size), "conv2d")
@@ -282,13 +278,16 @@ def conv2d(shape: ConvShape, weight: Weight, *, isa: str | None = None, tuning: 
     return Layer(packed, (shape.in_channels, shape.in_h, shape.in_w), (shape.out_channels, shape.out_h, shape.out_w))
 
 
-def gemm(weight: Weight, *, isa: str | None = None) -> Layer:
-    """Packs a fully connected layer with CSR weights [rows = out_features, cols = in_features]. Raises FormatError, KernelError."""
-    tk, csr, index, size = _library(), _csr(weight), _isa_index(isa), c.c_size_t()
+def gemm(rows: int, cols: int, parts: Parts, *, isa: str | None = None) -> Layer:
+    """Packs a fully connected layer whose weight [rows = out_features, cols = in_features] is given as CSR arrays (formats/csr.py).
+
+    Raises FormatError, KernelError.
+    """
+    tk, csr, index, size = _library(), _csr(rows, cols, parts), _isa_index(isa), c.c_size_t()
     _check(tk.tk_gemm_csr_packed_bytes(csr, index, size), "gemm")
     packed = aligned(size.value)
     _check(tk.tk_gemm_csr_pack(csr, index, packed.ctypes.data, size.value), "gemm")
-    return Layer(packed, (weight.cols,), (weight.rows,))
+    return Layer(packed, (cols,), (rows,))
 
 
 def gaps_decode(rows: int, cols: int, gaps: NDArray[np.uint16]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:

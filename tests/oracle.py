@@ -1,0 +1,54 @@
+"""The one oracle: float64 numpy on dense weights, anchored once to torch (test_oracle_is_torch), and the tolerance float32 owes it."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+Exact = NDArray[np.float64]
+EPS = float(np.finfo(np.float32).eps)
+
+
+def conv2d(
+    x: Array,  # [N, C, H, W]
+    weight: Array,  # [M, C, kh, kw]
+    bias: Array | None = None,  # [M]
+    residual: Array | None = None,  # [N, M, OH, OW]
+    *,
+    strides: tuple[int, int] = (1, 1),
+    pads: tuple[int, int, int, int] = (0, 0, 0, 0),  # top, left, bottom, right
+    dilations: tuple[int, int] = (1, 1),
+    clip: tuple[float, float] = (-np.inf, np.inf),
+) -> Exact:
+    """clip(conv2d(x, weight) + bias + residual) in float64, [N, M, OH, OW]."""
+    top, left, bottom, right = pads
+    padded = np.pad(x.astype(np.float64), ((0, 0), (0, 0), (top, bottom), (left, right)))
+    reach = [d * (k - 1) + 1 for d, k in zip(dilations, weight.shape[2:], strict=True)]
+    windows = np.lib.stride_tricks.sliding_window_view(padded, reach, axis=(2, 3))  # [N, C, ., ., reach_h, reach_w]
+    windows = windows[:, :, :: strides[0], :: strides[1], :: dilations[0], :: dilations[1]]
+    y = np.einsum("nchwij,mcij->nmhw", windows, weight.astype(np.float64), optimize=True)
+    if bias is not None:
+        y = y + bias[:, None, None]
+    return np.clip(y if residual is None else y + residual, *clip)
+
+
+def gemm(
+    x: Array, weight: Array, bias: Array | None = None, residual: Array | None = None, *, clip: tuple[float, float] = (-np.inf, np.inf)
+) -> Exact:
+    """clip(x weight^T + bias + residual) in float64; x [N, K], weight [M, K], result [N, M]."""
+    y = x.astype(np.float64) @ weight.astype(np.float64).T
+    for term in (bias, residual):
+        y = y if term is None else y + term
+    return np.clip(y, *clip)
+
+
+def tolerance(weight: Array, x: Array, *terms: Array | None) -> float:
+    """Bound on |float32 result - exact result|: 2 eps (k + 1) max|w| max|x| for sums of k products, plus as much for each added term.
+
+    k is the largest number of non-zeros of a row, since a zero weight adds no rounding.
+    """
+    k = int((weight.reshape(len(weight), -1) != 0).sum(axis=1).max(initial=0))
+    largest = max(float(np.abs(weight).max(initial=0)) * float(np.abs(x).max(initial=0)), 1e-30)
+    extra = sum(float(np.abs(t).max(initial=0)) for t in terms if t is not None)
+    return 2 * EPS * (k + 1) * (largest + extra)

@@ -1,0 +1,245 @@
+"""Every row of the kernel table on every usable ISA against the oracle: ugly sizes, any geometry, any split of the work."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ticketkit.errors import FormatError, KernelError
+from ticketkit.formats import csr
+from ticketkit.runtime import native
+from ticketkit.runtime.native import ConvShape, Tuning
+
+ISAS = [isa.name for isa in native.isas() if isa.usable]
+LANES = {isa.name: isa.lanes for isa in native.isas()}
+TILE = 14  # vectors of the widest tile
+
+
+def sparse(rng: np.random.Generator, shape: tuple[int, ...], density: float) -> np.ndarray:
+    weight = rng.standard_normal(shape).astype(np.float32)
+    weight[rng.random(shape) >= density] = 0
+    return weight
+
+
+def conv_case(shape: ConvShape, batch: int, density: float, seed: int = 0) -> tuple[np.ndarray, ...]:
+    """weight, x, bias, residual of that geometry."""
+    rng = np.random.default_rng(seed)
+    weight = sparse(rng, (shape.out_channels, shape.in_channels, shape.kernel_h, shape.kernel_w), density)
+    x = rng.standard_normal((batch, shape.in_channels, shape.in_h, shape.in_w)).astype(np.float32)
+    bias = rng.standard_normal(shape.out_channels).astype(np.float32)
+    residual = rng.standard_normal((batch, shape.out_channels, shape.out_h, shape.out_w)).astype(np.float32)
+    return weight, x, bias, residual
+
+
+def exact_conv(shape: ConvShape, weight: np.ndarray, x: np.ndarray, *terms: np.ndarray | None, clip: tuple[float, float]) -> np.ndarray:
+    return oracle.conv2d(
+        x, weight, *terms, clip=clip,
+        strides=(shape.stride_h, shape.stride_w),
+        pads=(shape.pad_top, shape.pad_left, shape.pad_bottom, shape.pad_right),
+        dilations=(shape.dilation_h, shape.dilation_w),
+    )  # fmt: skip
+
+
+def check_conv(shape: ConvShape, isa: str, *, batch: int = 1, density: float = 0.3, seed: int = 0,
+               tuning: Tuning | None = None, cuts: tuple[float, ...] = ()) -> None:  # fmt: skip
+    """One layer, plain and with everything fused, against the oracle."""
+    weight, x, bias, residual = conv_case(shape, batch, density, seed)
+    layer = native.conv2d(shape, csr.pack(weight), isa=isa, tuning=tuning)
+    at = [int(cut * layer.parts(batch)) for cut in cuts]
+    for terms, clip in (((None, None), (-np.inf, np.inf)), ((bias, residual), (0.0, np.inf)), ((bias, None), (-0.5, 0.5))):
+        y = layer.run(x, *terms, minimum=clip[0], maximum=clip[1], cuts=at)
+        worst = np.abs(y - exact_conv(shape, weight, x, *terms, clip=clip)).max()
+        assert worst <= oracle.tolerance(weight, x, *terms), (shape, isa, terms[0] is not None, worst)
+
+
+def test_the_oracle_is_torch() -> None:
+    """The anchor: float64 torch and the oracle agree to the last bits."""
+    torch = pytest.importorskip("torch")
+    shape = ConvShape(5, 11, 9, 4, 3, 2, 2, 1, 1, 2, 1, 2, 2, 3)
+    weight, x, bias, _ = conv_case(shape, 2, 1.0)
+    double = [torch.from_numpy(a).double() for a in (x, weight, bias)]
+    expected = torch.nn.functional.conv2d(*double, stride=(2, 1), padding=(1, 2), dilation=(2, 3)).numpy()
+    np.testing.assert_allclose(exact_conv(shape, weight, x, bias, clip=(-np.inf, np.inf)), expected, rtol=1e-13, atol=1e-13)
+
+
+def test_table_and_isas() -> None:
+    assert native.kernels() == ["conv2d_csr_f32", "gemm_csr_f32"]
+    assert native.isas()[0].name == "scalar" and native.isas()[0].usable
+    assert native.active_isa().name in ISAS
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("offset", [-1, 0, 1])
+@pytest.mark.parametrize("vectors", [1, 2, 3, 5, 6, 7, 13, 14, 15, 28])
+def test_conv2d_pixels_around_every_tile(isa: str, vectors: int, offset: int) -> None:
+    """Row counts of pixels just below, at and above whole vectors and whole tiles."""
+    pixels = vectors * LANES[isa] + offset
+    check_conv(ConvShape(6, 1, pixels, 5, 1, 1), isa)
+    check_conv(ConvShape(3, 1, pixels, 2, 1, 3, pad_left=1, pad_right=1), isa)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 1.0])
+@pytest.mark.parametrize("kernel", [1, 3, 5, 7])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_conv2d_usual_layers(isa: str, kernel: int, stride: int, density: float) -> None:
+    """Empty rows, all-zero and all-dense weights; padded as networks do; batch 2; several channel blocks."""
+    pad = kernel // 2
+    shape = ConvShape(11, 19, 17, 18, kernel, kernel, stride, stride, pad, pad, pad, pad)
+    check_conv(shape, isa, batch=2, density=density, tuning=Tuning(block_channels=4), cuts=(0.3, 0.7))
+
+
+geometry = st.builds(
+    lambda c, m, k, s, p, d, extra: ConvShape(
+        c, max(1, d[0] * (k[0] - 1) + 1 - p[0] - p[2]) + extra[0], max(1, d[1] * (k[1] - 1) + 1 - p[1] - p[3]) + extra[1], m, *k, *s, *p, *d
+    ),
+    st.integers(1, 24), st.integers(1, 40), st.tuples(st.integers(1, 7), st.integers(1, 7)), st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    st.tuples(*[st.integers(0, 4)] * 4), st.tuples(st.integers(1, 3), st.integers(1, 3)), st.tuples(st.integers(0, 37), st.integers(0, 37)),
+)  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(shape=geometry, batch=st.integers(1, 3), density=st.floats(0, 1), seed=st.integers(0, 99), isa=st.sampled_from(ISAS),
+       tile=st.integers(0, TILE), block=st.integers(0, 30), cuts=st.lists(st.floats(0, 1), max_size=3))  # fmt: skip
+def test_conv2d_any_geometry(shape, batch, density, seed, isa, tile, block, cuts) -> None:  # type: ignore[no-untyped-def]
+    check_conv(shape, isa, batch=batch, density=density, seed=seed, tuning=Tuning(tile, block), cuts=tuple(cuts))
+
+
+@settings(max_examples=100, deadline=None)
+@given(batch=st.integers(1, 150), k=st.integers(1, 1100), m=st.integers(1, 70), density=st.floats(0, 1), seed=st.integers(0, 99),
+       isa=st.sampled_from(ISAS), cut=st.floats(0, 1))  # fmt: skip
+def test_gemm_any_size(batch, k, m, density, seed, isa, cut) -> None:  # type: ignore[no-untyped-def]
+    rng = np.random.default_rng(seed)
+    weight, x = sparse(rng, (m, k), density), rng.standard_normal((batch, k)).astype(np.float32)
+    bias, residual = rng.standard_normal(m).astype(np.float32), rng.standard_normal((batch, m)).astype(np.float32)
+    layer = native.gemm(m, k, csr.pack(weight), isa=isa)
+    y = layer.run(x, bias, residual, maximum=1.0, cuts=[int(cut * layer.parts(batch))])
+    worst = np.abs(y - oracle.gemm(x, weight, bias, residual, clip=(-np.inf, 1.0))).max()
+    assert worst <= oracle.tolerance(weight, x, bias, residual)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_negative_control(isa: str) -> None:
+    """The comparison can fail: one weight off by a thousandth of the largest is noticed."""
+    shape = ConvShape(16, 14, 14, 8, 3, 3, pad_top=1, pad_left=1, pad_bottom=1, pad_right=1)
+    weight, x, _, _ = conv_case(shape, 1, 0.3)
+    wrong = weight.copy()
+    wrong[np.nonzero(weight)[0][0], np.nonzero(weight)[1][0], np.nonzero(weight)[2][0], np.nonzero(weight)[3][0]] += 1e-3 * np.abs(weight).max()
+    y = native.conv2d(shape, csr.pack(wrong), isa=isa).run(x)
+    assert np.abs(y - exact_conv(shape, weight, x, clip=(-np.inf, np.inf))).max() > oracle.tolerance(weight, x)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_result_does_not_depend_on_the_split_or_the_run(isa: str) -> None:
+    shape = ConvShape(40, 30, 30, 70, 3, 3, pad_top=1, pad_left=1, pad_bottom=1, pad_right=1)
+    weight, x, bias, residual = conv_case(shape, 2, 0.1)
+    layer = native.conv2d(shape, csr.pack(weight), isa=isa)
+    whole = layer.run(x, bias, residual, minimum=0)
+    assert np.array_equal(whole, layer.run(x, bias, residual, minimum=0))
+    assert np.array_equal(whole, layer.run(x, bias, residual, minimum=0, cuts=range(1, layer.parts(2))))
+    assert np.array_equal(whole, layer.run(x, bias, out := residual.copy(), minimum=0, out=out)), "y may be the residual itself"
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_misaligned_buffers_and_nothing_written_outside(isa: str) -> None:
+    """Pointers on 4-byte boundaries only; guard floats around the output survive."""
+    shape = ConvShape(7, 13, 11, 9, 3, 3, pad_top=1, pad_left=1, pad_bottom=1, pad_right=1)
+    weight, x, bias, _ = conv_case(shape, 1, 0.4)
+    shifted = np.empty(x.size + 1, np.float32)[1:].reshape(x.shape)
+    shifted[...] = x
+    guarded = np.full(shape.out_channels * shape.out_h * shape.out_w + 65, 77.0, np.float32)
+    out = guarded[33:-32].reshape(1, shape.out_channels, shape.out_h, shape.out_w)
+    native.conv2d(shape, csr.pack(weight), isa=isa).run(shifted, bias, out=out)
+    assert np.abs(out - exact_conv(shape, weight, x, bias, clip=(-np.inf, np.inf))).max() <= oracle.tolerance(weight, x, bias)
+    assert (guarded[:33] == 77).all() and (guarded[-32:] == 77).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_nan_in_the_input_is_not_hidden_by_the_clip(isa: str) -> None:
+    x = np.full((1, 1, 1, 9), np.nan, np.float32)
+    layer = native.conv2d(ConvShape(1, 1, 9, 1, 1, 1), csr.pack(np.ones((1, 1, 1, 1), np.float32)), isa=isa)
+    assert np.isnan(layer.run(x, minimum=0.0)).all()
+
+
+def broken(**change: object) -> dict[str, np.ndarray]:
+    weight = np.array([[1, 0, 2], [0, 3, 0]], np.float32)
+    return csr.pack(weight) | {name: np.asarray(array) for name, array in change.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"values": np.array([1, np.nan, 3], np.float32)}, "values"),
+        ({"values": np.array([1, np.inf, 3], np.float32)}, "values"),
+        ({"values": np.array([1, 2], np.float32)}, "col_indices"),
+        ({"values": np.array([1, 2, 3], np.float64)}, "values"),
+        ({"col_indices": np.array([0, 3, 1], np.int32)}, "col_indices"),
+        ({"col_indices": np.array([0, -1, 1], np.int32)}, "col_indices"),
+        ({"col_indices": np.array([2, 0, 1], np.int32)}, "col_indices"),
+        ({"col_indices": np.array([0, 0, 1], np.int32)}, "col_indices"),
+        ({"row_ptr": np.array([0, 4, 3], np.int64)}, "row_ptr"),
+        ({"row_ptr": np.array([1, 2, 3], np.int64)}, "row_ptr"),
+        ({"row_ptr": np.array([0, 2, 2**40], np.int64)}, "row_ptr"),
+        ({"row_ptr": np.array([0, 3], np.int64)}, "row_ptr"),
+    ],
+)
+def test_broken_csr_is_a_format_error_naming_the_field(change: dict[str, np.ndarray], field: str) -> None:
+    with pytest.raises(FormatError, match=field):
+        native.gemm(2, 3, broken(**change))
+    with pytest.raises(FormatError, match=field):
+        native.conv2d(ConvShape(3, 4, 4, 2, 1, 1), broken(**change))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        ConvShape(3, 4, 4, 2, 5, 1),  # the window does not fit
+        ConvShape(3, 0, 4, 2, 1, 1),
+        ConvShape(3, 4, 4, 2, 1, 1, stride_h=0),
+        ConvShape(3, 4, 4, 2, 1, 1, pad_left=-1),
+        ConvShape(3, 4, 2**40, 2, 1, 1),
+        ConvShape(3, 4, 4, 2, 1, 1, dilation_w=0),
+    ],
+)
+def test_impossible_geometry_is_an_error(shape: ConvShape) -> None:
+    with pytest.raises(KernelError, match="dimension"):
+        native.conv2d(shape, broken())
+
+
+@pytest.mark.parametrize("gaps", [[0, 1, 0], [6], [3, 3], [65535]])
+def test_broken_gaps_are_a_format_error(gaps: list[int]) -> None:
+    with pytest.raises(FormatError, match="gaps"):
+        native.gaps_decode(2, 3, np.array(gaps, np.uint16))
+
+
+def test_gaps_decode() -> None:
+    col_indices, row_ptr = native.gaps_decode(3, 4, np.array([1, 2, 6], np.uint16))  # flat positions 1, 3, 9
+    assert col_indices.tolist() == [1, 3, 1] and row_ptr.tolist() == [0, 2, 2, 3]
+
+
+def test_wrong_arrays_are_an_error() -> None:
+    layer = native.gemm(2, 3, broken())
+    with pytest.raises(KernelError, match=r"x: expected float32 \[4, 3\]"):
+        layer.run(np.zeros((4, 5), np.float32))
+    with pytest.raises(KernelError, match="bias"):
+        layer.run(np.zeros((4, 3), np.float32), np.zeros(3, np.float32))
+    with pytest.raises(KernelError, match="unknown ISA"):
+        native.gemm(2, 3, broken(), isa="mmx")
+
+
+@pytest.mark.parametrize("isa", [isa.name for isa in native.isas()] + ["mmx"])
+def test_forced_isa(isa: str) -> None:
+    """TICKETKIT_ISA is obeyed, and refused in one line where it cannot be."""
+    code = "from ticketkit.runtime import native; print(native.active_isa().name)"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"TICKETKIT_ISA": isa}, capture_output=True, text=True, check=False)
+    if isa in ISAS:
+        assert done.stdout.strip() == isa
+    else:
+        assert "KernelError" in done.stderr and "cannot run here" in done.stderr
