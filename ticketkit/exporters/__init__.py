@@ -1,0 +1,149 @@
+"""Export targets, one file each; listing this folder is the registry. A target named `onnx_dense` here is `onnx-dense` to users.
+
+A target module holds ``SUMMARY`` (one line for --help), ``SUFFIX`` and two functions:
+
+    encode(network, plan) -> bytes         the file; ExportError where the target cannot hold the network
+    decode(data, network) -> ModelProto    the network the file stands for, so that it can be checked against the original
+
+`export` is the public verb: load, lower, plan, encode, check, and only then write.
+"""
+
+from __future__ import annotations
+
+import os
+import pkgutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from onnx import ModelProto
+
+from ticketkit.errors import ExportError, FormatError, ModelError, TicketError
+from ticketkit.exporters import _source
+from ticketkit.exporters._check import Comparison, compare
+from ticketkit.lower import Network, lower, operators
+from ticketkit.planner import Plan, plan
+from ticketkit.ticket import write_atomic
+
+__all__ = ["Comparison", "ExportReport", "Target", "examine", "export", "get", "names"]
+
+
+class Target(Protocol):
+    """What a module of this folder offers (see the package docstring)."""
+
+    SUMMARY: str
+    SUFFIX: str
+
+    def encode(self, network: Network, plan: Plan) -> bytes: ...
+    def decode(self, data: bytes, network: Network) -> ModelProto: ...
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export did.
+
+    Attributes:
+        path, format: of the file.
+        bytes: its size; dense_bytes: that of the network as plain ONNX.
+        plan: how each layer was treated.
+        comparisons: largest difference and tolerance for each engine; empty if the check was left out.
+    """
+
+    path: str
+    format: str
+    bytes: int
+    dense_bytes: int
+    plan: Plan
+    comparisons: tuple[Comparison, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values only."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        (dense, left), kept = self.plan.flops, f"prunable sparsity {self.plan.prunable_sparsity:.2%}"
+        lines = [
+            f"{self.path}: {self.bytes:,} bytes, {self.dense_bytes / self.bytes:.2f}x smaller than dense",
+            f"{kept}, whole model {self.plan.model_sparsity:.2%}, {left / max(dense, 1):.1%} of {dense / 1e9:.3g} GFLOP left",
+            *([f"{len(self.plan.sparse)} of {len(self.plan.choices)} layers run sparse"] if self.format == "onnx" else []),
+            *(f"max |difference| in {c.engine}: {c.difference:.3g} (tolerance {c.tolerance:.3g})" for c in self.comparisons),
+        ]
+        return "\n".join(lines)
+
+
+def names() -> list[str]:
+    """The export targets, as `--format` spells them."""
+    return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+
+
+def get(name: str) -> Target:
+    """The target of that name; ExportError for an unknown one."""
+    if name not in names():
+        raise ExportError(f"unknown export format {name!r}; expected one of {', '.join(names())}")
+    return cast(Target, import_module(f"{__name__}.{name.replace('-', '_')}"))
+
+
+def export(
+    source: _source.Source,
+    path: str | os.PathLike[str],
+    *,
+    format: str = "onnx",
+    round: int | None = None,
+    input_shape: Sequence[int] | None = None,
+    check: bool = True,
+) -> ExportReport:
+    """Write a pruned network as one file, checked against the original before it is kept.
+
+    Args:
+        source: a run directory of `ticketkit find`, a ticket file with weights, or any dense-with-zeros ONNX file (or its bytes).
+        path: the file to write; an old one is replaced only by a whole, checked new one.
+        format: one of `names()`.
+        round: of a run directory; None: the last finished one.
+        input_shape: of one image [C, H, W], or with batch; None: as the source states.
+        check: compare with the original on random inputs (see `ticketkit.exporters._check`).
+
+    Raises:
+        ExportError: the path cannot be written, no layer gains (format onnx), or the result differs beyond the tolerance.
+        ModelError, FormatError, TicketError: the source is missing, damaged or unsupported.
+    """
+    target, path = get(format), Path(path)
+    _require_writable(path, source)
+    original = _source.load(source, round, input_shape)
+    network = lower(original, input_shape)
+    chosen = plan(network)
+    data = target.encode(network, chosen)
+    try:
+        exported = target.decode(data, network)
+    except (FormatError, ModelError) as error:
+        raise ExportError(f"the exported file does not read back: {error}; please report the model") from None
+    comparisons = compare(original, exported, network) if check else ()
+    try:
+        write_atomic(path, data)
+    except TicketError as error:
+        raise ExportError(str(error)) from None
+    return ExportReport(os.fspath(path), format, len(data), network.model.ByteSize(), chosen, comparisons)
+
+
+def examine(source: _source.Source, *, round: int | None = None, input_shape: Sequence[int] | None = None) -> Plan:
+    """The Plan of a source (see `export`): what each layer is and how it would run, or, for a sparse file, does run.
+
+    Raises:
+        ModelError, FormatError, TicketError: the source is missing, damaged or unsupported.
+    """
+    original = _source.load(source, round, input_shape)
+    stored = {node.name: "csr" for node in operators.nodes(original)}
+    return plan(lower(original, input_shape), stored or None)
+
+
+def _require_writable(path: Path, source: _source.Source) -> None:
+    """Say so before the work, not after it."""
+    if path.is_dir():
+        raise ExportError(f"{path}: is a folder; expected the name of a file to write")
+    if not path.parent.is_dir():
+        raise ExportError(f"{path}: the folder {path.parent} does not exist; make it, or choose another place")
+    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise ExportError(f"{path}: is read-only; choose a writable place")
+    if not isinstance(source, bytes | ModelProto) and path.exists() and Path(source).exists() and path.samefile(source):
+        raise ExportError(f"{path}: would overwrite the source; choose another name")

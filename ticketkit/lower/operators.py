@@ -1,0 +1,230 @@
+"""The operators of domain ``ai.ticketkit``, version 1: the node, its function body for runtimes without the library, and the way back.
+
+    SparseConv(X [N,C,H,W], values [n], gaps u16 [n], B [M], Z? [N,M,OH,OW]) -> Y [N,M,OH,OW] = act(conv(X, W) + B (+ Z))
+    SparseGemm(X [N,K],     values [n], gaps u16 [n], B [M])                 -> Y [N,M]       = act(X Wᵀ + B)
+
+Everything else is float32. Attributes: ``weight_shape`` [M,C,kh,kw] or [M,K], ``numel`` [its product], ``activation`` "None", "Relu" or
+"Clip" (then ``min`` and ``max``), and for SparseConv ``strides`` [2], ``pads`` [top, left, bottom, right], ``dilations`` [2]; the group is
+always 1. W is gap-coded (`ticketkit.formats.gaps`). Node and function carry the *overload* ("Add" if Z) + ("" | "Relu" | "Clip"), which
+is why files have IR version 10 or newer.
+
+The body decodes W by Cast, CumSum and ScatterElements into zeros. All of that is constant, so a stock runtime folds it at load and is
+left with one ordinary Conv or Gemm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import AttributeProto, FunctionProto, ModelProto, NodeProto, helper, numpy_helper
+
+from ticketkit.errors import FormatError
+from ticketkit.formats import Array, finite, gaps
+
+DOMAIN = "ai.ticketkit"
+VERSION = 1
+IR_VERSION = 10  # the first with function overloads
+CONV, GEMM = "SparseConv", "SparseGemm"
+WINDOW = ("strides", "pads", "dilations")
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What follows a convolution or product inside one node: (+ residual), then an activation.
+
+    Attributes:
+        residual: name of the tensor added before the activation, "" for none.
+        activation: "None", "Relu" or "Clip".
+        low, high: the bounds of Clip.
+    """
+
+    residual: str = ""
+    activation: str = "None"
+    low: float = 0.0
+    high: float = 0.0
+
+    @property
+    def overload(self) -> str:
+        """Overload of the operator and of its function."""
+        return ("Add" if self.residual else "") + ("" if self.activation == "None" else self.activation)
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """A decoded node: the shape and gap-coded arrays of its weight, window attributes (none for SparseGemm) and epilogue."""
+
+    shape: tuple[int, ...]
+    parts: dict[str, Array]
+    window: dict[str, list[int]]
+    epilogue: Epilogue
+
+    def weight(self) -> Array:
+        """The dense weight, f32 of that shape."""
+        return gaps.unpack(self.parts, self.shape)
+
+
+def make_node(
+    op: str, inputs: Sequence[str], output: str, name: str, shape: Sequence[int], window: dict[str, list[int]], epilogue: Epilogue
+) -> NodeProto:
+    """A node of this domain; inputs are X, values, gaps, B, to which the residual is appended."""
+    clip = {"min": epilogue.low, "max": epilogue.high} if epilogue.activation == "Clip" else {}
+    operands = [*inputs, epilogue.residual] if epilogue.residual else list(inputs)
+    node = helper.make_node(
+        op, operands, [output], name=name, domain=DOMAIN, weight_shape=list(shape), numel=[prod(shape)],
+        activation=epilogue.activation, **window, **clip,
+    )  # fmt: skip
+    node.overload = epilogue.overload
+    return node
+
+
+def function(op: str, overload: str, opset: int) -> FunctionProto:
+    """The body of one overload in standard operators of that opset."""
+    residual, activation = overload.startswith("Add"), overload.removeprefix("Add")
+    attributes = ["weight_shape", "numel", "activation"]
+    nodes = [
+        _constant("weight_shape", "value_ints", "weight_shape", AttributeProto.INTS),
+        _constant("numel", "value_ints", "numel", AttributeProto.INTS),
+        helper.make_node("Constant", [], ["axis"], value_int=0),
+        helper.make_node("ConstantOfShape", ["numel"], ["zeros"], value=helper.make_tensor("zero", onnx.TensorProto.FLOAT, [1], [0.0])),
+        helper.make_node("Cast", ["gaps"], ["steps"], to=onnx.TensorProto.INT64),
+        helper.make_node("CumSum", ["steps", "axis"], ["positions"]),
+        helper.make_node("ScatterElements", ["zeros", "positions", "values"], ["flat"], axis=0),
+        helper.make_node("Reshape", ["flat", "weight_shape"], ["W"]),
+    ]
+    if op == CONV:
+        product = helper.make_node("Conv", ["X", "W", "B"], ["product"])
+        product.attribute.extend(_reference(key, key, AttributeProto.INTS) for key in WINDOW)
+        attributes += WINDOW
+    else:
+        product = helper.make_node("Gemm", ["X", "W", "B"], ["product"], transB=1)
+    nodes.append(product)
+    last = "product"
+    if residual:
+        nodes.append(helper.make_node("Add", [last, "Z"], ["sum"]))
+        last = "sum"
+    if activation == "Clip":
+        nodes += [_constant(key, "value_float", key, AttributeProto.FLOAT) for key in ("min", "max")]
+        attributes += ["min", "max"]
+        nodes.append(helper.make_node("Clip", [last, "min", "max"], ["Y"]))
+    else:
+        nodes.append(helper.make_node(activation or "Identity", [last], ["Y"]))
+    inputs = ["X", "values", "gaps", "B"] + ["Z"] * residual
+    body = helper.make_function(DOMAIN, op, inputs, ["Y"], nodes, [helper.make_opsetid("", opset)], attributes)
+    body.overload = overload
+    return body
+
+
+def nodes(model: ModelProto) -> Iterator[NodeProto]:
+    """The nodes of this domain in a graph."""
+    return (node for node in model.graph.node if node.domain == DOMAIN)
+
+
+def decode(model: ModelProto) -> dict[str, Sparse]:
+    """The nodes of this domain by the name of their output, each checked; no dense weight is made.
+
+    Raises:
+        FormatError: an attribute or array of a node is missing or out of range; the message names node and field.
+    """
+    constants = {t.name: t for t in model.graph.initializer}
+    found = {}
+    for node in nodes(model):
+        try:
+            found[node.output[0]] = _decode(node, constants)
+        except FormatError as error:
+            raise FormatError(f"{node.name or node.op_type}: {error}") from None
+    return found
+
+
+def expand(model: ModelProto) -> ModelProto:
+    """A copy with every node of this domain written out as Conv or Gemm, Add and activation on dense weights."""
+    decoded = decode(model)
+    plain = onnx.ModelProto()
+    plain.CopyFrom(model)
+    del plain.graph.node[:], plain.functions[:]
+    for node in model.graph.node:
+        plain.graph.node.extend(_expanded(node, decoded[node.output[0]], plain) if node.domain == DOMAIN else [node])
+    return plain
+
+
+def _decode(node: NodeProto, constants: dict[str, onnx.TensorProto]) -> Sparse:
+    attributes: dict[str, Any] = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    rank = {CONV: 4, GEMM: 2}.get(node.op_type)
+    if rank is None:
+        raise FormatError(f"unknown operator {node.op_type}; expected {CONV} or {GEMM}")
+    shape = tuple(_ints(attributes, "weight_shape", rank, 1))
+    if _ints(attributes, "numel", 1, 1) != [prod(shape)]:
+        raise FormatError(f"numel: expected {[prod(shape)]} for shape {list(shape)}, got {attributes['numel']}")
+    if len(node.input) not in ((4, 5) if node.op_type == CONV else (4,)):
+        raise FormatError(f"inputs: expected X, values, gaps, B and, for {CONV}, Z; got {len(node.input)}")
+    values, gap, bias = (_array(field, name, constants) for field, name in zip(("values", "gaps", "B"), node.input[1:4], strict=True))
+    parts = {"values": values, "gaps": gap}
+    gaps.validate(parts, shape)
+    if bias.shape != shape[:1] or bias.dtype != np.float32:
+        raise FormatError(f"B: expected float32 [{shape[0]}], got {bias.dtype} {list(bias.shape)}")
+    finite("B", bias)
+    window = {key: _ints(attributes, key, 4 if key == "pads" else 2, key != "pads") for key in WINDOW} if node.op_type == CONV else {}
+    return Sparse(shape, parts, window, _epilogue(attributes, node.input[4] if len(node.input) == 5 else ""))
+
+
+def _epilogue(attributes: dict[str, Any], residual: str) -> Epilogue:
+    activation = attributes.get("activation", b"None")
+    if activation not in (b"None", b"Relu", b"Clip"):
+        raise FormatError(f"activation: expected None, Relu or Clip, got {activation!r}")
+    if activation != b"Clip":
+        return Epilogue(residual, activation.decode())
+    low, high = (attributes.get(key) for key in ("min", "max"))
+    if not (isinstance(low, float) and isinstance(high, float) and low <= high):
+        raise FormatError(f"min, max: expected two floats in this order, got {low} and {high}")
+    return Epilogue(residual, "Clip", low, high)
+
+
+def _ints(attributes: dict[str, Any], key: str, count: int, least: int) -> list[int]:
+    values = attributes.get(key)
+    if not isinstance(values, list) or len(values) != count or not all(isinstance(v, int) and v >= least for v in values):
+        raise FormatError(f"{key}: expected {count} ints of at least {int(least)}, got {values}")
+    return values
+
+
+def _expanded(node: NodeProto, sparse: Sparse, model: ModelProto) -> list[NodeProto]:
+    """The standard nodes one node stands for; its dense weight becomes an initializer of the model."""
+    base = node.name or node.output[0]
+    op, options = ("Conv", sparse.window) if node.op_type == CONV else ("Gemm", {"transB": 1})
+    chain: list[tuple[str, list[str], dict[str, Any]]] = [(op, [node.input[0], f"{base}.weight", node.input[3]], options)]
+    constants = {f"{base}.weight": sparse.weight()}
+    epilogue = sparse.epilogue
+    if epilogue.residual:
+        chain.append(("Add", ["", epilogue.residual], {}))
+    if epilogue.activation == "Clip":
+        chain.append(("Clip", ["", f"{base}.min", f"{base}.max"], {}))
+        constants |= {f"{base}.min": np.array(epilogue.low, np.float32), f"{base}.max": np.array(epilogue.high, np.float32)}
+    elif epilogue.activation != "None":
+        chain.append((epilogue.activation, [""], {}))
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in constants.items())
+    outputs = [f"{base}.{kind}" for kind, _, _ in chain[:-1]] + [node.output[0]]
+    return [
+        helper.make_node(kind, [n or outputs[i - 1] for n in inputs], [outputs[i]], name=f"{base}.{kind}" if i else base, **options)
+        for i, (kind, inputs, options) in enumerate(chain)
+    ]
+
+
+def _array(field: str, name: str, constants: dict[str, onnx.TensorProto]) -> Array:
+    if name not in constants:
+        raise FormatError(f"{field}: expected an initializer, but {name!r} is none")
+    array: Array = numpy_helper.to_array(constants[name])
+    return array
+
+
+def _constant(output: str, key: str, attribute: str, kind: int) -> NodeProto:
+    node = helper.make_node("Constant", [], [output])
+    node.attribute.append(_reference(key, attribute, kind))
+    return node
+
+
+def _reference(key: str, attribute: str, kind: int) -> AttributeProto:
+    """Attribute `key` of a node in a function body, taken from `attribute` of the calling node."""
+    return AttributeProto(name=key, ref_attr_name=attribute, type=kind)

@@ -1,0 +1,131 @@
+"""Reading ONNX from anywhere: whatever is wrong with a file is said in one line, before anything trusts its contents."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnx import ModelProto, TensorProto, helper, version_converter
+
+from ticketkit.errors import FormatError, ModelError
+from ticketkit.lower import operators
+
+OLDEST = 11  # the first opset whose Clip takes its bounds as inputs, which is how activations are recognised
+WORKING = 12  # the first whose Constant takes plain ints, which the function bodies need; older graphs are converted to it
+DIGEST = "ticketkit.sha256"
+
+
+def read(source: str | os.PathLike[str] | bytes) -> ModelProto:
+    """A checked ONNX model, external data included, at opset 12 or newer.
+
+    Args:
+        source: a path, or the bytes of a file.
+
+    Raises:
+        ModelError: no such file, an opset or size that cannot be handled.
+        FormatError: truncated, damaged or no ONNX at all; a malformed graph or sparse weight; weights that are not those
+            ticketkit once wrote into the file.
+    """
+    where = "model" if isinstance(source, bytes) else os.fspath(source)
+    try:
+        model = _parse(source)
+        if not model.graph.node:
+            raise FormatError("not an ONNX model (it has no nodes); truncated, or of another format")
+        _check_opset(model)
+        for tensor in model.graph.initializer:
+            _check_extent(tensor)
+        onnx.checker.check_model(model)
+        operators.decode(model)  # raises on a malformed sparse weight
+        _check_digest(model)
+        return _modern(model)
+    except (FormatError, ModelError) as error:
+        raise type(error)(f"{where}: {error}") from None
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise FormatError(f"{where}: malformed ONNX: {_first_line(error)}") from None
+    except (DecodeError, ValueError, KeyError, OSError) as error:
+        raise FormatError(f"{where}: not a whole ONNX file ({_first_line(error)}); truncated or damaged, copy it again") from None
+
+
+def digest(model: ModelProto) -> str:
+    """sha256 over the initializers of the graph: name, type, shape and bytes, in order of name."""
+    state = hashlib.sha256()
+    for tensor in sorted(model.graph.initializer, key=lambda t: t.name):
+        state.update(f"{tensor.name}\0{tensor.data_type}\0{list(tensor.dims)}\0".encode())
+        state.update(tensor.raw_data or tensor.SerializeToString(deterministic=True))
+    return state.hexdigest()
+
+
+def opset(model: ModelProto) -> int:
+    """Version of the standard operator set a model imports."""
+    versions = [o.version for o in model.opset_import if o.domain in ("", "ai.onnx")]
+    if len(versions) != 1:
+        raise FormatError(f"opset_import: expected the standard operator set once, got it {len(versions)} times")
+    return int(versions[0])
+
+
+def _parse(source: str | os.PathLike[str] | bytes) -> ModelProto:
+    if isinstance(source, bytes):
+        return onnx.load_from_string(source)
+    path = Path(source)
+    if not path.exists():
+        raise ModelError("no such file; expected an .onnx file")
+    if path.is_dir():
+        raise ModelError("is a folder; expected an .onnx file")
+    model = onnx.load(path)
+    if model.ByteSize() >= 2**31:
+        raise ModelError("weights of 2 GiB or more do not fit in one ONNX message; split the model")
+    return model
+
+
+def _check_opset(model: ModelProto) -> None:
+    version, newest = opset(model), onnx.defs.onnx_opset_version()
+    if not OLDEST <= version <= newest:
+        raise ModelError(f"opset {version}: expected {OLDEST} to {newest}; export the model again with a supported opset")
+    known = {operators.DOMAIN: operators.VERSION}
+    for entry in model.opset_import:
+        if entry.version > known.get(entry.domain, entry.version):
+            raise ModelError(f"operator set {entry.domain} {entry.version}: expected {known[entry.domain]}; upgrade ticketkit")
+
+
+def _check_extent(tensor: TensorProto) -> None:
+    """A tensor must hold what its dimensions claim; the claim alone never allocates."""
+    if any(d < 0 for d in tensor.dims):
+        raise FormatError(f"{tensor.name}: negative dimension in {list(tensor.dims)}")
+    if tensor.HasField("raw_data"):
+        try:
+            itemsize = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type)).itemsize
+        except (KeyError, TypeError):
+            raise FormatError(f"{tensor.name}: unknown element type {tensor.data_type}") from None
+        packed = tensor.data_type in {TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1}
+        claimed = prod(tensor.dims) * itemsize
+        if not packed and claimed != len(tensor.raw_data):
+            raise FormatError(f"{tensor.name}: expected {claimed} bytes for shape {list(tensor.dims)}, got {len(tensor.raw_data)}")
+
+
+def _check_digest(model: ModelProto) -> None:
+    for entry in model.metadata_props:
+        if entry.key == DIGEST and entry.value != digest(model):
+            raise FormatError(
+                "the weights are not those ticketkit wrote (sha256 differs): the file is damaged, copy it again;"
+                f" or edited on purpose, then delete its metadata {DIGEST}"
+            )
+
+
+def _modern(model: ModelProto) -> ModelProto:
+    """Without overridable initializers (a habit of IR version 3, it forbids constant folding), and at a working opset."""
+    constants = {t.name for t in model.graph.initializer}
+    inputs = [i for i in model.graph.input if i.name not in constants]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    model.ir_version = max(model.ir_version, 4)
+    return version_converter.convert_version(model, WORKING) if opset(model) < WORKING else model
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]
