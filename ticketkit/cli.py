@@ -15,6 +15,23 @@ from ticketkit.errors import TicketkitError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
+TARGETS = sorted(file.stem.replace("_", "-") for file in (Path(__file__).parent / "exporters").glob("[!_]*.py"))
+
+
+def _numbers(text: str | None, kind: type[int] | type[float]) -> list[Any] | None:
+    try:
+        return None if text is None else [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"expected numbers separated by commas, got {text!r}") from None
+
+
+def _shape(context: click.Context, parameter: click.Parameter, text: str | None) -> list[Any] | None:
+    return _numbers(text, int)
+
+
+def _floats(context: click.Context, parameter: click.Parameter, text: str | None) -> list[Any] | None:
+    return _numbers(text, float)
+
 
 @click.group(context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="ticketkit")
@@ -111,6 +128,84 @@ def doctor(as_json: bool) -> None:
     found = doctor.examine()
     Console().print_json(json.dumps(found)) if as_json else Console().print(doctor.render(found))
     sys.exit(1 if found["library"]["error"] else 0)
+
+
+@cli.command()
+@click.argument("source", metavar="SRC")
+@click.option("-o", "--output", required=True, type=click.Path(), help="The file to write; an old one stays until the new one is checked.")
+@click.option("--format", "target", type=click.Choice(TARGETS), default="onnx", show_default=True, help="What to write, see above.")
+@click.option("--round", type=int, metavar="K", help="Round of a run directory.  [default: the last finished one]")
+@click.option("--input-shape", metavar="C,H,W", callback=_shape, help="Of one image, where SRC leaves it open.")
+@click.option("--no-check", is_flag=True, help="Do not compare with the original on random inputs.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report, with the plan of every layer, as JSON.")
+def export(
+    source: str, output: str, target: str, round: int | None, input_shape: list[int] | None, no_check: bool, as_json: bool
+) -> None:
+    """Write SRC as one file, checked against the original.
+
+    SRC is a run directory of `ticketkit find`, a ticket file with weights, or any pruned .onnx file (dense weights with
+    exact zeros, from whatever tool).
+
+    \b
+    onnx        small and fast: sparse layers become ai.ticketkit nodes. Runs in any onnxruntime; skips the zeros
+                where ticketkit's library is registered (ticketkit.InferenceSession does it)
+    onnx-dense  plain ONNX for any runtime, BatchNorm folded, pruned weights exactly zero
+    csr         the weights alone: values, column indices and row pointers per layer, in safetensors
+    """
+    from ticketkit.exporters import export as write
+
+    report = write(source, output, format=target, round=round, input_shape=input_shape, check=not no_check)
+    click.echo(json.dumps(report.to_dict()) if as_json else str(report))
+
+
+@cli.command()
+@click.argument("model")
+@click.option("-i", "--input", "files", multiple=True, metavar="[NAME=]FILE",
+              help="A .npy array or an image; repeat it for a batch or for more inputs.  [default: random numbers]")
+@click.option("-o", "--output", type=click.Path(), help="Write all outputs to this .npz file.")
+@click.option("--threads", type=click.IntRange(1), metavar="N", help="CPU threads.  [default: one per core]")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Of random inputs.")
+@click.option("--resize", type=click.IntRange(1), metavar="PX", help="Shorter side of images before the centre crop.  [default: 8/7 of it]")
+@click.option("--mean", metavar="R,G,B", callback=_floats, help="Of pixels in [0, 1].  [default: the model's, else ImageNet's]")
+@click.option("--std", metavar="R,G,B", callback=_floats, help="Of pixels in [0, 1].  [default: the model's, else ImageNet's]")
+def run(model: str, files: tuple[str, ...], output: str | None, threads: int | None, batch: int, **image: Any) -> None:
+    """Run MODEL (.onnx, sparse or plain) once and print what it says.
+
+    Images are resized, cropped to the size of the model's input and normalised; the five likeliest classes are printed.
+    For other inputs the shape, range, mean and deviation of every output are.
+    """
+    from ticketkit import inputs
+    from ticketkit.session import InferenceSession
+
+    session = InferenceSession(model, threads=threads)
+    rule = inputs.ImageRule.stated(session.get_modelmeta().custom_metadata_map).changed(**image)
+    outputs = session.run(None, inputs.gather(files, session.get_inputs(), rule, batch))
+    named = dict(zip([info.name for info in session.get_outputs()], outputs, strict=True))
+    if output:
+        inputs.save(output, named)
+    click.echo("\n".join(inputs.describe(named, files, rule)))
+
+
+@cli.command()
+@click.argument("source", metavar="MODEL|RUN")
+@click.option("--round", type=int, metavar="K", help="Round of a run directory.  [default: the last finished one]")
+@click.option("--input-shape", metavar="C,H,W", callback=_shape, help="Image the FLOPs are for, where MODEL leaves it open.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+def inspect(source: str, round: int | None, input_shape: list[int] | None, as_json: bool) -> None:
+    """Show each layer of a model, a ticket or a run: shape, sparsity, FLOPs left, format, kernel, and why.
+
+    For a pruned model or a run this is how `export` would treat it; for an exported file, how it is stored.
+    """
+    from rich.console import Console
+
+    from ticketkit.exporters import examine
+    from ticketkit.planner import render
+
+    plan = examine(source, round=round, input_shape=input_shape)
+    if as_json:
+        click.echo(json.dumps({**plan.to_dict(), **plan.totals()}))
+    else:
+        Console(width=None if sys.stdout.isatty() else 140).print(render(plan))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
