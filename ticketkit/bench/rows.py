@@ -22,6 +22,8 @@ class Row:
     sparsity: float  # zeros / all parameters
     flops_dense: int  # per sample, 2 for each multiply-add, convolutions and fully connected layers
     flops_left: int  # the same, multiplications by a stored zero not counted
+    layers: int  # convolutions and fully connected layers
+    sparse_layers: int  # those of them that this engine runs without their zeros
     batch: int
     threads: int
     isa: str

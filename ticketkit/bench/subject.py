@@ -29,6 +29,7 @@ class Subject:
         sha256: of the file as given.
         inputs: names of the graph inputs; `feeds_file` (npz) holds their arrays as arr_0, arr_1, ...
         plan: of the network for one sample: sparsity and FLOPs of every layer.
+        sparse_layers: how many of them ticketkit runs sparse: as stored in the file, or as planned for a plain one.
         scratch: folder for what the engines produce.
     """
 
@@ -39,6 +40,7 @@ class Subject:
     inputs: list[str]
     feeds_file: Path
     plan: Plan
+    sparse_layers: int
     scratch: Path
 
     @staticmethod
@@ -48,14 +50,16 @@ class Subject:
         Raises ModelError or FormatError for a file that is missing, damaged, or does not take this batch.
         """
         model, plain = read(path), path
-        if any(operators.nodes(model)):
+        stored = len(list(operators.nodes(model)))
+        if stored:
             model, plain = operators.expand(model), scratch / "plain.onnx"
             onnx.save(model, str(plain))
         feeds = make_feeds(model, batch)
         feeds_file = scratch / "feeds.npz"
         np.savez(feeds_file, *feeds.values())
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        return Subject(path, plain, digest, batch, list(feeds), feeds_file, plan(lower(model)), scratch)
+        planned = plan(lower(model))
+        return Subject(path, plain, digest, batch, list(feeds), feeds_file, planned, stored or len(planned.sparse), scratch)
 
     def file_for(self, engine: Engine) -> Path:
         """The file this engine is to load."""

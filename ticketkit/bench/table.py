@@ -22,15 +22,14 @@ BARS = " ▁▂▃▄▅▆▇█"
 
 
 def render(report: timing.Report) -> RenderableType:
-    """The table of a report, with sparsity, FLOPs left, the distribution over layers and the meaning of the ratio beneath."""
-    table = Table(title=Text(_title(report)), title_justify="left", caption_justify="left")
-    table.add_column("engine", no_wrap=True)
-    table.add_column("zeros")
-    for heading in ("min", "p50", "p90", "p99", "mean ± std", "n", "× dense", "max |diff|", "file MB", "load s", "RSS MB"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    """Times and costs of every engine, and beneath them sparsity, FLOPs left, distribution over layers, meaning of the ratio."""
+    times = _grid("engine", *("min", "p50", "p90", "p99", "mean", "std", "n", "× dense", "by round"))
+    costs = _grid("engine", "version", "zeros", "max |diff|", "file MB", "load s", "RSS MB")
     for row in report.rows:
-        table.add_row(*_cells(row), style="bold" if not row.multiplies_zeros else None)
-    return Group(table, *map(Text, _notes(report)))
+        style = None if row.multiplies_zeros else "bold"
+        times.add_row(row.engine, *_times(row), style=style)
+        costs.add_row(row.engine, row.engine_version, *_costs(row), style=style)
+    return Group(Text(_title(report), style="bold"), times, "", costs, "", *map(Text, _notes(report)))
 
 
 def distribution(plan: Plan) -> str:
@@ -48,7 +47,7 @@ def weights(subject: Subject) -> str:
     dense, left = subject.plan.flops
     return (
         f"{prunable}{subject.plan.model_sparsity:.2%} of all parameters are zero; "
-        f"{left / 1e9:.3g} of {dense / 1e9:.3g} GFLOP a sample left ({left / max(dense, 1):.1%})"
+        f"{_flops(left)} of {_flops(dense)} a sample left ({left / max(dense, 1):.1%})"
     )
 
 
@@ -96,31 +95,48 @@ def _title(report: timing.Report) -> str:
     if row is None:
         return f"{report.subject.path.name}: nothing was measured"
     threads = f"{row.threads} thread{'s' if row.threads > 1 else ''}"
-    return f"{row.model}: batch {row.batch}, {threads}, milliseconds per batch, {row.cpu}"
+    isas = ", ".join(f"{r.engine} on {r.isa}" for r in report.rows if not r.multiplies_zeros)
+    return f"{row.model}: batch {row.batch}, {threads}, milliseconds per batch, {row.cpu}{isas and f' ({isas})'}"
 
 
-def _cells(row: Row) -> list[str]:
-    ratio = "-" if row.speedup is None or row.speedup_rounds is None else f"{row.speedup:.2f} ({row.speedup_rounds:.2f})"
-    times = [f"{ms:.3g}" if ms < 100 else f"{ms:.0f}" for ms in (row.min_ms, row.p50_ms, row.p90_ms, row.p99_ms)]
-    return [
-        f"{row.engine} {row.engine_version}",
-        "multiplied" if row.multiplies_zeros else f"skipped ({row.isa})",
-        *times,
-        f"{row.mean_ms:.3g} ± {row.std_ms:.2g}",
-        str(row.n),
-        ratio,
-        f"{row.max_abs_diff:.1e}",
-        f"{row.file_bytes / 1e6:.2f}",
-        f"{row.load_s:.2f}",
-        f"{row.peak_rss_bytes / 1e6:.0f}",
-    ]
+def _grid(*headings: str) -> Table:
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in headings:
+        words = heading in {"engine", "zeros", "version"}
+        table.add_column(heading, justify="left" if words else "right", no_wrap=True)
+    return table
+
+
+def _times(row: Row) -> list[str]:
+    known = row.speedup is not None and row.speedup_rounds is not None
+    ratios = [f"{row.speedup:.2f}", f"{row.speedup_rounds:.2f}"] if known else ["-", "-"]
+    times = [_ms(ms) for ms in (row.min_ms, row.p50_ms, row.p90_ms, row.p99_ms, row.mean_ms, row.std_ms)]
+    return [*times, str(row.n), *ratios]
+
+
+def _costs(row: Row) -> list[str]:
+    sizes = [f"{row.file_bytes / 1e6:.3g}", f"{row.load_s:.2f}", f"{row.peak_rss_bytes / 1e6:.0f}"]
+    return ["multiplied" if row.multiplies_zeros else "skipped", f"{row.max_abs_diff:.1e}", *sizes]
+
+
+def _ms(value: float) -> str:
+    """Three digits, never an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _flops(count: int) -> str:
+    size, unit = next(((size, unit) for size, unit in ((1e9, "G"), (1e6, "M")) if count >= size), (1e3, "k"))
+    return f"{count / size:.3g} {unit}FLOP"
 
 
 def _notes(report: timing.Report) -> list[str]:
     notes = [weights(report.subject), f"sparsity by layer {distribution(report.subject.plan)}"]
     baseline = next((row.baseline for row in report.rows), None)
+    for row in report.rows:
+        if not row.multiplies_zeros:
+            notes.append(f"{row.engine} runs {row.sparse_layers} of {row.layers} layers sparse, the others dense")
     if baseline:
-        notes.append(f"× dense: median of {baseline}, the fastest dense engine here, over the median; in brackets round by round")
+        notes.append(f"× dense: p50 of {baseline}, the fastest dense engine here, over this p50; by round: their median")
     if report.rows:
         notes.append(f"max |diff|: against dense onnxruntime, whose largest output is {report.rows[0].max_abs_output:.3g}")
     if report.interrupted:

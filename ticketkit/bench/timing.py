@@ -208,6 +208,8 @@ class _Run:
             sparsity=plan.model_sparsity,
             flops_dense=plan.flops[0],
             flops_left=plan.flops[1],
+            layers=len(plan.choices),
+            sparse_layers=0 if c.engine.MULTIPLIES_ZEROS else self.subject.sparse_layers,
             batch=self.subject.batch,
             threads=self.threads,
             isa=c.loaded["isa"],
