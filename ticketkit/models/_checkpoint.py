@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -100,7 +101,9 @@ def state_sha256(state: Arrays) -> str:
 
 def _read_torch(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice to file an issue about foreign pickles; we refuse those ourselves
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, ValueError, KeyError, EOFError, OSError, AttributeError, TypeError, IndexError) as error:
         raise ModelError(f"{path}: not a torch checkpoint ({_first_line(error)}); truncated, or of another format") from None
     except (pickle.UnpicklingError, zipfile.BadZipFile) as error:

@@ -180,8 +180,8 @@ def find(
     model = model or chosen.model
     run = RunDir(out if out is not None else Path("runs") / f"{task}-{model}-seed{seed}")
     images = chosen.load(None if data is None else Path(data))
-    changes = {"lr": lr, "schedule": schedule, "weight_decay": weight_decay}
-    settings = setup.settings(chosen.recipe, len(images.train), epochs, steps, batch_size, seed, **changes)
+    training = (epochs, steps, batch_size, lr, schedule, weight_decay)
+    settings = setup.settings(chosen.recipe, len(images.train), seed, *training)
     rewound_step = points.step_of(rewind, settings.steps)
     with torch.random.fork_rng(devices=[]), setup.torch_threads(threads, run), progress or Progress() as shown:
         start = setup.network(model, weights, len(images.classes), chosen.size, seed)

@@ -47,11 +47,10 @@ def rounds(count: int | None, sparsity: float | None, rate: float) -> int:
 def settings(
     recipe: Recipe,
     images: int,
+    seed: int,
     epochs: int | None,
     steps: int | None,
     batch_size: int | None,
-    seed: int,
-    *,
     lr: float | None,
     schedule: str | None,
     weight_decay: float | None,

@@ -1,7 +1,7 @@
 """The one training loop: SGD under masks, stoppable and resumable after any step.
 
-Masks need no hooks and no extra parameters: the weights are multiplied by their masks at the optimizer step. Multiplying by a mask
-of ones changes no bit, so the dense reference runs through the same loop. A pruned weight's momentum lives on but never shows.
+Masks need no hooks and no extra parameters: the weights are multiplied by their masks at the optimizer step. Multiplying by a
+mask of ones changes no bit, so the dense reference runs through the same loop. A pruned weight's momentum lives on, unseen.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Downstream tasks by name. One file of this folder is one task; adding a file adds its name here, on the command line and in tests.
+"""Downstream tasks by name. One file here is one task; adding a file adds its name here, on the command line and in the tests.
 
 A task file states `TASK: Task`, with everything that defines the task, and a `load` function that returns its images. Files that
 begin with an underscore are no tasks. A file name's underscores are dashes in the task's name.

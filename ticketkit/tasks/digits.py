@@ -1,6 +1,7 @@
 """Handwritten digits (UCI "Optical Recognition", 1,797 images), the embedded default: scikit-learn carries the data.
 
-The 8x8 images are doubled to 16x16, so that the stages of a small ResNet see 16, 8 and 4 pixels. Every fifth image is for testing.
+The 8x8 images are doubled to 16x16, so that the stages of a small ResNet see 16, 8 and 4 pixels. Every fifth image is a
+test image.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def load(folder: Path | None) -> Data:
 def _classes(folder: Path) -> tuple[str, ...]:
     found = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir())) if folder.is_dir() else ()
     if not found:
-        raise DataError(f"{folder}: expected a folder of images for each class; task image-folder needs --data DIR with {EXPECTED}")
+        raise DataError(f"{folder}: expected a folder of images for each class; --data DIR needs {EXPECTED}")
     return found
 
 

@@ -1,0 +1,40 @@
+"""Shared fixtures: the real data sets, where they are to be had, and one small finished search."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+UNPACK = Path(__file__).resolve().parents[2] / "shared" / "data" / "unpack.py"
+# Small enough for seconds, long enough to cross an epoch (5 steps) within each round.
+SMALL_RUN = {"rounds": 2, "steps": 7, "batch_size": 256, "lr": 0.05, "seed": 0, "threads": 1}
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """CIFAR-10, CIFAR-100, Fashion-MNIST and pretrained weights: $TICKETKIT_DATA, else unpacked once into the user's cache."""
+    if "TICKETKIT_DATA" in os.environ:
+        return Path(os.environ["TICKETKIT_DATA"])
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ticketkit-test-data"
+    if not cache.exists():
+        if not UNPACK.exists():
+            pytest.skip("no data: set TICKETKIT_DATA to a folder of CIFAR-10, CIFAR-100, FashionMNIST and weights/")
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache.parent) as temporary:  # renamed when whole, so no half-unpacked cache stays
+            whole = Path(temporary) / "data"
+            subprocess.run([sys.executable, str(UNPACK), str(whole)], check=True, stdout=subprocess.DEVNULL)
+            if not cache.exists():
+                whole.rename(cache)
+    return cache
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of an uninterrupted search on digits with the settings of SMALL_RUN."""
+    find = pytest.importorskip("ticketkit.search.imp").find
+    return Path(find("digits", out=tmp_path_factory.mktemp("run") / "digits", **SMALL_RUN).path)
