@@ -3,7 +3,7 @@
 //   inputs      X f32, values f32 [nnz], gaps u16 [nnz] (see tk_gaps_decode), B f32 [out], and for SparseConv optionally Z f32, the residual
 //   attributes  weight_shape, activation "None" | "Relu" | "Clip" (with min, max); SparseConv: strides [2], pads [4], dilations [2]
 //
-// values and gaps must be initializers. They are validated when the session is made; a layer is packed when it first meets an image size.
+// values, gaps and B must be initializers. They are validated when the session is made; a layer is packed when it first meets an image size.
 // Work is split over ONNX Runtime's own threads; the session option "ai.ticketkit.threads" says how many there are (default: all cores).
 #include <atomic>
 #include <cstdio>
@@ -199,23 +199,23 @@ class Node {
       fail(kInvalidArgument, std::string("TICKETKIT_ISA=") + (forced ? forced : "") + " is unknown or cannot run here");
     }
     shape_ = ints(api, info, "weight_shape", is_conv_ ? 4 : 2);
-    for (const int64_t d : shape_) {
-      if (d < 1 || d > std::numeric_limits<int32_t>::max()) fail(kInvalidGraph, "weight_shape: " + text(shape_) + " is out of range");
-    }
     if (is_conv_) {
       strides_ = ints(api, info, "strides", 2);
       pads_ = ints(api, info, "pads", 4);
       dilations_ = ints(api, info, "dilations", 2);
-      if (shape_[2] > 4096 || shape_[3] > 4096) fail(kInvalidGraph, "weight_shape: kernel of " + text(shape_) + " is out of range");
+      check_range("strides", strides_, 1);
+      check_range("pads", pads_, 0);
+      check_range("dilations", dilations_, 1);
     }
+    check_range("weight_shape", shape_, 1);
     read_activation(info);
     const Tensor values = constant(info, 1, "values"), gaps = constant(info, 2, "gaps");
+    check_bias(constant(info, 3, "B"));  // first: it bounds what the decoder allocates
     decode(values, gaps, rows(), cols());
   }
 
   void compute(KernelContext* context) {
     const Tensor x = input(context, 0), bias = input(context, 3);
-    if (x.type != kFloat || bias.type != kFloat || bias.shape != std::vector<int64_t>{rows()}) fail(kInvalidArgument, "B: expected float " + text({rows()}) + ", got " + text(bias.shape));
     const std::vector<int64_t> y_shape = output_shape(x);
     size_t inputs = 0;
     check(api_, input_count(api_, context, &inputs));
@@ -237,7 +237,24 @@ class Node {
 
  private:
   int64_t rows() const { return shape_[0]; }
-  int64_t cols() const { return is_conv_ ? shape_[1] * shape_[2] * shape_[3] : shape_[1]; }
+  // At most 2^31 - 1, or refused; the product of three dimensions below 2^24 could not be held otherwise.
+  int64_t cols() const {
+    const int64_t taps = is_conv_ ? shape_[2] * shape_[3] : 1;
+    return taps > std::numeric_limits<int32_t>::max() ? taps : shape_[1] * taps;
+  }
+
+  static void check_range(const char* name, const std::vector<int64_t>& values, int64_t least) {
+    constexpr int64_t kMost = int64_t{1} << 24;  // keeps every product of sizes in 64 bits
+    for (const int64_t v : values) {
+      if (v < least || v > kMost) fail(kInvalidGraph, std::string(name) + ": " + text(values) + " is out of range");
+    }
+  }
+
+  void check_bias(const Tensor& bias) const {
+    if (bias.type != kFloat || bias.shape != std::vector<int64_t>{rows()}) {
+      fail(kInvalidGraph, "B: expected float " + text({rows()}) + ", got " + text(bias.shape));
+    }
+  }
 
   void read_activation(const KernelInfo* info) {
     char name[16] = "";
@@ -276,7 +293,7 @@ class Node {
     std::vector<int64_t> y = {x.shape[0], rows(), 0, 0};
     for (size_t i = 0; i < 2; ++i) {
       const int64_t room = x.shape[2 + i] + pads_[i] + pads_[2 + i] - dilations_[i] * (shape_[2 + i] - 1) - 1;
-      if (strides_[i] < 1 || room < 0) fail(kInvalidArgument, "X: " + text(x.shape) + " is smaller than the window of weight " + text(shape_));
+      if (room < 0) fail(kInvalidArgument, "X: " + text(x.shape) + " is smaller than the window of weight " + text(shape_));
       y[2 + i] = room / strides_[i] + 1;
     }
     return y;

@@ -1,0 +1,139 @@
+"""The operators inside onnxruntime: against the stock runtime's function bodies, over threads and image sizes, and damaged."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import mutate
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from ticketkit.errors import KernelError
+from ticketkit.runtime import native, ort
+
+
+def session(model: onnx.ModelProto, *, sparse: bool, threads: int = 1) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    if sparse:
+        ort.register(options)
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def images(batch: int, seed: int = 0) -> dict[str, np.ndarray]:
+    return {"x": np.random.default_rng(seed).standard_normal((batch, mutate.CHANNELS, mutate.SIZE, mutate.SIZE)).astype(np.float32)}
+
+
+def convolution(size: int | str) -> onnx.ModelProto:
+    """The first convolution alone, on images of any height and width."""
+    model = mutate.model()
+    del model.graph.node[1:], model.graph.output[:], model.graph.initializer[3:]
+    for axis in (2, 3):
+        model.graph.input[0].type.tensor_type.shape.dim[axis].dim_param = f"side{axis}"
+    model.graph.output.append(onnx.helper.make_tensor_value_info("a", onnx.TensorProto.FLOAT, None))
+    return model
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("batch", [1, 2, 17])
+def test_same_outputs_as_the_stock_runtime(threads: int, batch: int) -> None:
+    model = mutate.model()
+    sparse, stock = (session(model, sparse=s, threads=threads).run(None, images(batch))[0] for s in (True, False))
+    np.testing.assert_allclose(sparse, stock, rtol=0, atol=2e-4)
+    other = mutate.model(seed=1)
+    assert np.abs(session(other, sparse=True).run(None, images(batch))[0] - stock).max() > 1e-2, "negative control"
+
+
+def test_the_library_really_runs(tmp_path: os.PathLike[str]) -> None:
+    """With the library the nodes stay; without it the function bodies are inlined and folded to plain Conv and Gemm."""
+    for sparse, expected in ((True, {"SparseConv", "SparseGemm"}), (False, {"Conv", "Gemm"})):
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = os.path.join(tmp_path, f"{sparse}.onnx")
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.log_severity_level = 3
+        if sparse:
+            ort.register(options)
+        onnxruntime.InferenceSession(mutate.model().SerializeToString(), options, providers=["CPUExecutionProvider"])
+        ops = {node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node}
+        assert expected <= ops and "ScatterElements" not in ops
+
+
+def test_image_size_may_change_between_runs() -> None:
+    model = convolution("any")
+    sparse, stock = (session(model, sparse=s, threads=2) for s in (True, False))
+    for height, width in ((9, 9), (1, 1), (30, 17), (9, 9), (8, 64), (33, 5), (12, 12), (9, 9)):
+        x = {"x": np.random.default_rng(height).standard_normal((2, mutate.CHANNELS, height, width)).astype(np.float32)}
+        np.testing.assert_allclose(sparse.run(None, x)[0], stock.run(None, x)[0], rtol=0, atol=1e-4)
+
+
+def test_empty_batch() -> None:
+    assert session(mutate.model(), sparse=True).run(None, images(0))[0].shape == (0, 4)
+
+
+def test_concurrent_runs_are_right() -> None:
+    model = convolution("any")
+    sparse, stock = session(model, sparse=True, threads=2), session(model, sparse=False)
+    feeds = [{"x": np.random.default_rng(i).standard_normal((1, mutate.CHANNELS, 6 + i, 9)).astype(np.float32)} for i in range(8)]
+    expected = [stock.run(None, feed)[0] for feed in feeds]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            for got, want in zip(pool.map(lambda feed: sparse.run(None, feed)[0], feeds), expected, strict=True):
+                np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+
+
+def test_runs_repeat_to_the_bit() -> None:
+    loaded = session(mutate.model(), sparse=True, threads=2)
+    first = loaded.run(None, images(3))[0]
+    assert all(np.array_equal(first, loaded.run(None, images(3))[0]) for _ in range(10))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "array", "expected"),
+    [
+        ("first.gaps", np.zeros(4, np.uint16), "gaps"),
+        ("first.values", np.array([np.nan], np.float32), "values"),
+        ("first.bias", np.zeros(3, np.float32), "B: expected"),
+        ("head.gaps", np.full(3, 65535, np.uint16), "gaps"),
+    ],
+)
+def test_damaged_initializers_are_refused_by_name(tensor: str, array: np.ndarray, expected: str) -> None:
+    model = mutate.model()
+    parts = [t for t in model.graph.initializer if t.name.split(".")[0] == tensor.split(".")[0] and not t.name.endswith("bias")]
+    if not tensor.endswith("bias"):  # keep the two lengths equal, so that the content is what is refused
+        for part in parts:
+            old = onnx.numpy_helper.to_array(part)
+            part.CopyFrom(onnx.numpy_helper.from_array(np.resize(old, len(array)), part.name))
+    target = next(t for t in model.graph.initializer if t.name == tensor)
+    target.CopyFrom(onnx.numpy_helper.from_array(array, tensor))
+    assert expected in (mutate.survives(model) or "it ran")
+
+
+def test_attributes_out_of_range_are_refused() -> None:
+    model = mutate.model()
+    next(a for a in model.graph.node[0].attribute if a.name == "weight_shape").ints[0] = 2**40
+    why = mutate.survives(model) or ""
+    assert "weight_shape" in why and "first" in why, "field and node are named"
+
+
+def test_mutations() -> None:
+    mutate.main(300)
+
+
+@pytest.mark.parametrize("isa", [isa.name for isa in native.isas() if isa.usable])
+def test_every_isa_inside_onnxruntime(isa: str) -> None:
+    code = "import mutate; assert mutate.survives(mutate.model()) is None; print('ran')"
+    where = {"TICKETKIT_ISA": isa, "PYTHONPATH": os.pathsep.join([os.path.dirname(mutate.__file__), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | where, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "ran", done.stderr
+
+
+def test_missing_library_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TICKETKIT_LIBRARY", "/nowhere/libticketkit.so")
+    with pytest.raises(KernelError, match="TICKETKIT_LIBRARY not found at /nowhere"):
+        ort.register(onnxruntime.SessionOptions())
