@@ -59,16 +59,26 @@ extern "C" {
 
 const char* tk_status_text(tk_status status) {
   switch (status) {
-    case TK_OK: return "ok";
-    case TK_BAD_ARGUMENT: return "a pointer is null or a count is negative";
-    case TK_BAD_SHAPE: return "a dimension is out of range, the window does not fit the image, or the weight's rows and columns contradict the geometry";
-    case TK_BAD_VALUES: return "values: a weight is NaN or infinite";
-    case TK_BAD_COL_INDICES: return "col_indices: a column is outside the weight or does not rise within its row";
-    case TK_BAD_ROW_PTR: return "row_ptr: row pointers do not rise from 0 to nnz";
-    case TK_BAD_GAPS: return "gaps: positions repeat or leave the weight";
-    case TK_BAD_BUFFER: return "a buffer is too small, not 64-byte aligned or was never packed";
-    case TK_BAD_ISA: return "the instruction set is unknown or cannot run here";
-    case TK_TOO_LARGE: return "the layer is beyond the 32-bit offsets of the packed form";
+    case TK_OK:
+      return "ok";
+    case TK_BAD_ARGUMENT:
+      return "a pointer is null or a count is negative";
+    case TK_BAD_SHAPE:
+      return "a dimension is out of range, the window does not fit the image, or the weight's rows and columns contradict the geometry";
+    case TK_BAD_VALUES:
+      return "values: a weight is NaN or infinite";
+    case TK_BAD_COL_INDICES:
+      return "col_indices: a column is outside the weight or does not rise within its row";
+    case TK_BAD_ROW_PTR:
+      return "row_ptr: row pointers do not rise from 0 to nnz";
+    case TK_BAD_GAPS:
+      return "gaps: positions repeat or leave the weight";
+    case TK_BAD_BUFFER:
+      return "a buffer is too small, not 64-byte aligned or was never packed";
+    case TK_BAD_ISA:
+      return "the instruction set is unknown or cannot run here";
+    case TK_TOO_LARGE:
+      return "the layer is beyond the 32-bit offsets of the packed form";
   }
   return "unknown status";
 }

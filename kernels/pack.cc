@@ -6,10 +6,10 @@
 namespace tk {
 namespace {
 
-constexpr int64_t kMaxDim = int64_t{1} << 24;          // of images, windows, strides, paddings: keeps every product in 64 bits
-constexpr int64_t kMaxOffset = INT32_MAX;              // entries hold 32-bit byte offsets
-constexpr int64_t kBlockBytes = 24 * 1024;             // strips of one block: most of a 32 KB L1, output rows get the rest
-constexpr int64_t kGemmBlock = 512;                    // columns of one gemm block
+constexpr int64_t kMaxDim = int64_t{1} << 24;  // of images, windows, strides, paddings: keeps every product in 64 bits
+constexpr int64_t kMaxOffset = INT32_MAX;      // entries hold 32-bit byte offsets
+constexpr int64_t kBlockBytes = 24 * 1024;     // strips of one block: most of a 32 KB L1, output rows get the rest
+constexpr int64_t kGemmBlock = 512;            // columns of one gemm block
 constexpr int64_t kMaxStrips = 1 << 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -117,8 +117,12 @@ tk_status plan_conv2d(const tk_conv2d& s, const tk_csr& w, int32_t isa, const tk
         const int64_t length = round_up(tile * lanes + (high - low) * p->out_w, lanes);
         if (at + length > kMaxOffset / 4) return TK_TOO_LARGE;
         if (strips) {
-          strips[j * phase_count + k] = {static_cast<int32_t>(j * s.dilation_w - s.pad_left), static_cast<int32_t>(phase), static_cast<int32_t>(low),
-                                         static_cast<int32_t>(length), static_cast<int32_t>(at), 0};
+          strips[j * phase_count + k] = {static_cast<int32_t>(j * s.dilation_w - s.pad_left),
+                                         static_cast<int32_t>(phase),
+                                         static_cast<int32_t>(low),
+                                         static_cast<int32_t>(length),
+                                         static_cast<int32_t>(at),
+                                         0};
         }
         at += length;
         p->channel_floats = at;
@@ -258,7 +262,8 @@ tk_status tk_conv2d_csr_packed_bytes(const tk_conv2d* shape, const tk_csr* w, in
   return status;
 }
 
-tk_status tk_conv2d_csr_pack(const tk_conv2d* shape, const tk_csr* w, int32_t isa, const tk_tuning* tuning, void* packed, size_t packed_bytes) {
+tk_status tk_conv2d_csr_pack(const tk_conv2d* shape, const tk_csr* w, int32_t isa, const tk_tuning* tuning, void* packed,
+                             size_t packed_bytes) {
   if (!shape || !w) return TK_BAD_ARGUMENT;
   if (!known_isa(isa)) return TK_BAD_ISA;
   Packed p;

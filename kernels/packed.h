@@ -9,7 +9,7 @@ namespace tk {
 constexpr uint64_t kMagic = 0x6b63617074656b74;  // "tktpack" and a marker; guards against a buffer that was never packed
 constexpr int kMaxTileVectors = 14;              // accumulators of one tile: 14 of AVX2's 16 registers, plus weight and spare
 
-constexpr int kGemmTileVectors = 8;              // batch rows of one gemm tile, in vectors
+constexpr int kGemmTileVectors = 8;  // batch rows of one gemm tile, in vectors
 
 enum Kernel : int32_t {
 #define TK_KERNEL(op, format, type) k_##op##_##format##_##type,
@@ -25,14 +25,14 @@ struct Entry {
 };
 
 // A strip is one channel's pixels as one kernel column (and one stride phase of rows) sees them, flattened over the tile:
-// strip[i] = x[stride_h*(oh + row_min) + phase - pad_top, stride_w*ow + column*dilation_w - pad_left] with (oh, ow) the i-th pixel after the
-// tile's first, zero outside the image. Every tap of that column and phase is then a constant offset into the strip.
+// strip[i] = x[stride_h*(oh + row_min) + phase - pad_top, stride_w*ow + column*dilation_w - pad_left] with (oh, ow) the i-th pixel after
+// the tile's first, zero outside the image. Every tap of that column and phase is then a constant offset into the strip.
 struct Strip {
-  int32_t x_shift;        // column * dilation_w - pad_left
-  int32_t phase;          // row phase in [0, stride_h)
-  int32_t row_min;        // smallest row shift of its taps, in output rows
-  int32_t length;         // floats: tile + (row_max - row_min) * out_w, rounded up to whole vectors
-  int32_t offset;         // floats from the start of the channel's strips
+  int32_t x_shift;  // column * dilation_w - pad_left
+  int32_t phase;    // row phase in [0, stride_h)
+  int32_t row_min;  // smallest row shift of its taps, in output rows
+  int32_t length;   // floats: tile + (row_max - row_min) * out_w, rounded up to whole vectors
+  int32_t offset;   // floats from the start of the channel's strips
   int32_t reserved;
 };
 
@@ -41,14 +41,14 @@ struct Packed {
   int32_t kernel, isa, lanes, tile_vectors;
   int64_t total_bytes;
   int64_t rows, cols;
-  tk_conv2d shape;               // conv2d only
-  int64_t out_h, out_w;          // conv2d only
-  int64_t tiles;                 // tiles per image (conv2d)
-  int64_t row_groups;            // groups of kGroupRows output rows: the finest part
-  int64_t blocks;                // blocks of input channels (conv2d) or columns (gemm)
-  int64_t block_channels;        // of every block but the last
-  int64_t channel_floats;        // floats of one channel's strips (conv2d) or of one column (gemm)
-  int32_t direct;                // 1: no strips, entries point into x itself (1x1, stride 1, unpadded, whole vectors)
+  tk_conv2d shape;         // conv2d only
+  int64_t out_h, out_w;    // conv2d only
+  int64_t tiles;           // tiles per image (conv2d)
+  int64_t row_groups;      // groups of kGroupRows output rows: the finest part
+  int64_t blocks;          // blocks of input channels (conv2d) or columns (gemm)
+  int64_t block_channels;  // of every block but the last
+  int64_t channel_floats;  // floats of one channel's strips (conv2d) or of one column (gemm)
+  int32_t direct;          // 1: no strips, entries point into x itself (1x1, stride 1, unpadded, whole vectors)
   int32_t strip_count;
   int64_t strips_at, row_ptr_at, entries_at;  // byte offsets of Strip[strip_count], uint32_t[blocks][rows + 1], Entry[nnz]
 

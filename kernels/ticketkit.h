@@ -46,9 +46,9 @@ enum { TK_ALIGNMENT = 64 };  // bytes; packed buffers and workspaces start on th
 
 // The ISAs are numbered 0 … tk_isa_count()-1, slowest first; number 0 is "scalar" and always usable.
 TK_API int32_t tk_isa_count(void);
-TK_API const char* tk_isa_name(int32_t isa);    // "scalar", "avx2", "avx512", "neon"; null if out of range
-TK_API int32_t tk_isa_usable(int32_t isa);      // 1 where both the processor and the operating system support it
-TK_API int32_t tk_isa_lanes(int32_t isa);       // float32 lanes of one vector
+TK_API const char* tk_isa_name(int32_t isa);  // "scalar", "avx2", "avx512", "neon"; null if out of range
+TK_API int32_t tk_isa_usable(int32_t isa);    // 1 where both the processor and the operating system support it
+TK_API int32_t tk_isa_lanes(int32_t isa);     // float32 lanes of one vector
 // The ISA to use: the one named by the environment variable TICKETKIT_ISA, else the fastest usable. Returns TK_BAD_ISA for a name
 // that is unknown or not usable here.
 TK_API tk_status tk_isa_active(int32_t* isa);

@@ -31,7 +31,8 @@ static void fill_strip(const tk_conv2d& s, int64_t out_w, const Strip& strip, co
 
 // The same where stride is 1 and out_w = in_w: the strip is the flat plane moved by x_shift, but for the columns that wrapped around.
 static void fill_strip_flat(const tk_conv2d& s, const Strip& strip, const float* plane, int64_t first, float* to) {
-  const int64_t width = s.in_w, begin = first + (strip.phase - s.pad_top) * width, shift = strip.x_shift;  // to[i] = plane[begin + shift + i]
+  const int64_t width = s.in_w, begin = first + (strip.phase - s.pad_top) * width,
+                shift = strip.x_shift;  // to[i] = plane[begin + shift + i]
   const int64_t low = larger(0, smaller(-(begin + shift), strip.length));
   const int64_t high = larger(low, smaller(s.in_h * width - (begin + shift), strip.length));
   zero(to, low);

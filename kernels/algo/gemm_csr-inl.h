@@ -24,7 +24,8 @@ static void gemm_row(const Packed& p, const tk_args& a, int64_t n, int64_t row_b
   }
 }
 
-// Batch rows [n, n + count) and outputs [row_begin, row_end); workspace: x transposed [block_channels][tile], then y transposed [rows][tile].
+// Batch rows [n, n + count) and outputs [row_begin, row_end); workspace: x transposed [block_channels][tile], then y transposed
+// [rows][tile].
 static void gemm_tile(const Packed& p, const tk_args& a, int64_t n, int64_t count, int64_t row_begin, int64_t row_end, float* workspace) {
   constexpr int64_t tile = int64_t{kGemmTileVectors} * Vec::kLanes;
   float* const x_t = workspace;

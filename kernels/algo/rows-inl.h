@@ -10,8 +10,8 @@ struct Tile {
   const float* bias;        // [rows] or null
   int64_t y_stride;         // floats from row to row, of y and of residual
   int64_t row_begin, row_end;
-  int32_t last_lanes;       // lanes of the last vector that are inside the output, 1 … Vec::kLanes
-  bool first, last;         // first block: start from bias + residual; last block: clip
+  int32_t last_lanes;  // lanes of the last vector that are inside the output, 1 … Vec::kLanes
+  bool first, last;    // first block: start from bias + residual; last block: clip
   float min, max;
 };
 
@@ -87,7 +87,8 @@ static void rows_of(const Tile& t) {
 // rows_of<V> for V = 1 … kMaxTileVectors, chosen once per tile.
 static inline void rows(int vectors, const Tile& t) {
   using Fn = void (*)(const Tile&);
-  static constexpr Fn kByVectors[kMaxTileVectors] = {rows_of<1>, rows_of<2>, rows_of<3>,  rows_of<4>,  rows_of<5>,  rows_of<6>,  rows_of<7>,
-                                                     rows_of<8>, rows_of<9>, rows_of<10>, rows_of<11>, rows_of<12>, rows_of<13>, rows_of<14>};
+  static constexpr Fn kByVectors[kMaxTileVectors] = {rows_of<1>,  rows_of<2>,  rows_of<3>,  rows_of<4>, rows_of<5>,
+                                                     rows_of<6>,  rows_of<7>,  rows_of<8>,  rows_of<9>, rows_of<10>,
+                                                     rows_of<11>, rows_of<12>, rows_of<13>, rows_of<14>};
   kByVectors[vectors - 1](t);
 }

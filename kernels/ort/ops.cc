@@ -1,10 +1,12 @@
 // ONNX Runtime operators ai.ticketkit::SparseConv and ai.ticketkit::SparseGemm (version 1) over the kernels of ticketkit.h.
 //
-//   inputs      X f32, values f32 [nnz], gaps u16 [nnz] (see tk_gaps_decode), B f32 [out], and for SparseConv optionally Z f32, the residual
-//   attributes  weight_shape, activation "None" | "Relu" | "Clip" (with min, max); SparseConv: strides [2], pads [4], dilations [2]
+//   inputs      X f32, values f32 [nnz], gaps u16 [nnz] (see tk_gaps_decode), B f32 [out], and for SparseConv optionally Z f32, the
+//   residual attributes  weight_shape, activation "None" | "Relu" | "Clip" (with min, max); SparseConv: strides [2], pads [4], dilations
+//   [2]
 //
-// values, gaps and B must be initializers. They are validated when the session is made; a layer is packed when it first meets an image size.
-// Work is split over ONNX Runtime's own threads; the session option "ai.ticketkit.threads" says how many there are (default: all cores).
+// values, gaps and B must be initializers. They are validated when the session is made; a layer is packed when it first meets an image
+// size. Work is split over ONNX Runtime's own threads; the session option "ai.ticketkit.threads" says how many there are (default: all
+// cores).
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -112,7 +114,8 @@ std::string text(const std::vector<int64_t>& shape) {
 std::vector<int64_t> ints(const Api* api, const KernelInfo* info, const char* name, size_t expected) {
   size_t size = 0;
   if (Status* status = attribute_ints(api, info, name, nullptr, &size)) release_status(api, status);
-  if (size != expected) fail(kInvalidGraph, std::string(name) + ": expected " + std::to_string(expected) + " integers, got " + std::to_string(size));
+  if (size != expected)
+    fail(kInvalidGraph, std::string(name) + ": expected " + std::to_string(expected) + " integers, got " + std::to_string(size));
   std::vector<int64_t> values(size);
   check(api, attribute_ints(api, info, name, values.data(), &size));
   return values;
@@ -126,14 +129,16 @@ struct Weight {
 
 // Decodes and validates; `values` is used in place.
 Weight decode(const Tensor& values, const Tensor& gaps, int64_t rows, int64_t cols) {
-  if (values.type != kFloat || values.shape.size() != 1) fail(kInvalidGraph, "values: expected a one-dimensional float tensor, got " + text(values.shape));
+  if (values.type != kFloat || values.shape.size() != 1)
+    fail(kInvalidGraph, "values: expected a one-dimensional float tensor, got " + text(values.shape));
   if (gaps.type != kUint16 || gaps.shape != values.shape) {
     fail(kInvalidGraph, "gaps: expected uint16 " + text(values.shape) + " like values, got " + text(gaps.shape));
   }
   constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
   if (rows < 1 || cols < 1 || rows > kMax || cols > kMax) fail(kInvalidGraph, "weight_shape: " + text({rows, cols}) + " is out of range");
   const int64_t nnz = values.shape[0];
-  if (nnz > kMax || (nnz + cols - 1) / cols > rows) fail(kInvalidGraph, "values: " + std::to_string(nnz) + " of them do not fit weight " + text({rows, cols}));
+  if (nnz > kMax || (nnz + cols - 1) / cols > rows)
+    fail(kInvalidGraph, "values: " + std::to_string(nnz) + " of them do not fit weight " + text({rows, cols}));
   Weight w;
   w.col_indices.resize(static_cast<size_t>(nnz));
   w.row_ptr.resize(static_cast<size_t>(rows) + 1);
@@ -172,7 +177,8 @@ class Job {
       return;
     }
     const int64_t i = static_cast<int64_t>(index);
-    const tk_status status = tk_run(job.packed_, &job.args_, job.parts_ * i / job.ranges_, job.parts_ * (i + 1) / job.ranges_, workspace.data());
+    const tk_status status =
+        tk_run(job.packed_, &job.args_, job.parts_ * i / job.ranges_, job.parts_ * (i + 1) / job.ranges_, workspace.data());
     if (status != TK_OK) job.status_ = status;
   }
 
@@ -221,15 +227,21 @@ class Node {
     check(api_, input_count(api_, context, &inputs));
     Tensor residual;
     if (inputs > 4) residual = input(context, 4);
-    if (residual.data && residual.shape != y_shape) fail(kInvalidArgument, "Z: expected " + text(y_shape) + " like Y, got " + text(residual.shape));
+    if (residual.data && residual.shape != y_shape)
+      fail(kInvalidArgument, "Z: expected " + text(y_shape) + " like Y, got " + text(residual.shape));
     Value* y = nullptr;
     check(api_, output(api_, context, size_t{0}, y_shape.data(), y_shape.size(), &y));
     if (x.shape[0] == 0) return;
     void* y_data = nullptr;
     check(api_, tensor_data(api_, y, &y_data));
     const std::shared_ptr<const Buffer> packed = packed_for(context, x);
-    const tk_args args = {x.shape[0], static_cast<const float*>(x.data), static_cast<const float*>(bias.data), static_cast<const float*>(residual.data),
-                          static_cast<float*>(y_data), min_, max_};
+    const tk_args args = {x.shape[0],
+                          static_cast<const float*>(x.data),
+                          static_cast<const float*>(bias.data),
+                          static_cast<const float*>(residual.data),
+                          static_cast<float*>(y_data),
+                          min_,
+                          max_};
     Job(packed->data(), args, threads_).run(api_, context);
   }
 
@@ -317,13 +329,15 @@ class Node {
     size_t bytes = 0;
     tk_conv2d s{};
     if (is_conv_) {
-      s = {shape_[1], size[0],  size[1],  shape_[0], shape_[2], shape_[3],     strides_[0],
+      s = {shape_[1],   size[0],  size[1],  shape_[0], shape_[2], shape_[3],     strides_[0],
            strides_[1], pads_[0], pads_[1], pads_[2],  pads_[3],  dilations_[0], dilations_[1]};
     }
-    tk_status status = is_conv_ ? tk_conv2d_csr_packed_bytes(&s, &w.csr, isa_, nullptr, &bytes) : tk_gemm_csr_packed_bytes(&w.csr, isa_, &bytes);
+    tk_status status =
+        is_conv_ ? tk_conv2d_csr_packed_bytes(&s, &w.csr, isa_, nullptr, &bytes) : tk_gemm_csr_packed_bytes(&w.csr, isa_, &bytes);
     if (status != TK_OK) fail(kFail, tk_status_text(status));
     auto packed = std::make_shared<Buffer>(bytes);
-    status = is_conv_ ? tk_conv2d_csr_pack(&s, &w.csr, isa_, nullptr, packed->data(), bytes) : tk_gemm_csr_pack(&w.csr, isa_, packed->data(), bytes);
+    status = is_conv_ ? tk_conv2d_csr_pack(&s, &w.csr, isa_, nullptr, packed->data(), bytes)
+                      : tk_gemm_csr_pack(&w.csr, isa_, packed->data(), bytes);
     if (status != TK_OK) fail(kFail, tk_status_text(status));
     return packed;
   }

@@ -11,11 +11,11 @@ namespace tk::ort {
 
 constexpr uint32_t kApiVersion = 17;  // onnxruntime 1.17, the first with all slots below
 
-struct Status;            // null means success
-struct KernelInfo;        // a node while its kernel is being made
-struct KernelContext;     // a node while it runs
-struct Value;             // a tensor
-struct TensorInfo;        // its type and shape
+struct Status;         // null means success
+struct KernelInfo;     // a node while its kernel is being made
+struct KernelContext;  // a node while it runs
+struct Value;          // a tensor
+struct TensorInfo;     // its type and shape
 struct SessionOptions;
 struct CustomOpDomain;
 
@@ -60,36 +60,36 @@ struct CustomOp {
 
 // TK_ORT(slot number, C++ name, result, arguments …): a typed call through the table. Every slot but create_status, error_message and the
 // release functions returns a Status*.
-#define TK_ORT_CALLS                                                                                            \
-  TK_ORT(0, create_status, Status*, (ErrorCode, const char*))                                                   \
-  TK_ORT(2, error_message, const char*, (const Status*))                                                        \
-  TK_ORT(26, create_domain, Status*, (const char*, CustomOpDomain**))                                           \
-  TK_ORT(27, domain_add, Status*, (CustomOpDomain*, const CustomOp*))                                           \
-  TK_ORT(28, add_domain, Status*, (SessionOptions*, CustomOpDomain*))                                           \
-  TK_ORT(51, tensor_data, Status*, (Value*, void**))                                                            \
-  TK_ORT(60, element_type, Status*, (const TensorInfo*, ElementType*))                                          \
-  TK_ORT(61, dimension_count, Status*, (const TensorInfo*, size_t*))                                            \
-  TK_ORT(62, dimensions, Status*, (const TensorInfo*, int64_t*, size_t))                                        \
-  TK_ORT(65, tensor_info, Status*, (const Value*, TensorInfo**))                                                \
-  TK_ORT(85, attribute_float, Status*, (const KernelInfo*, const char*, float*))                                \
-  TK_ORT(87, attribute_string, Status*, (const KernelInfo*, const char*, char*, size_t*))                       \
-  TK_ORT(88, input_count, Status*, (const KernelContext*, size_t*))                                             \
-  TK_ORT(90, input, Status*, (const KernelContext*, size_t, const Value**))                                     \
-  TK_ORT(91, output, Status*, (KernelContext*, size_t, const int64_t*, size_t, Value**))                        \
-  TK_ORT(93, release_status, void, (Status*))                                                                   \
-  TK_ORT(99, release_tensor_info, void, (TensorInfo*))                                                          \
-  TK_ORT(163, attribute_ints, Status*, (const KernelInfo*, const char*, int64_t*, size_t*))                     \
-  TK_ORT(237, has_session_config, Status*, (const SessionOptions*, const char*, int*))                          \
-  TK_ORT(238, session_config, Status*, (const SessionOptions*, const char*, char*, size_t*))                    \
-  TK_ORT(244, node_name, Status*, (const KernelInfo*, char*, size_t*))                                          \
-  TK_ORT(249, constant_input, Status*, (const KernelInfo*, size_t, int*, const Value**))                        \
+#define TK_ORT_CALLS                                                                         \
+  TK_ORT(0, create_status, Status*, (ErrorCode, const char*))                                \
+  TK_ORT(2, error_message, const char*, (const Status*))                                     \
+  TK_ORT(26, create_domain, Status*, (const char*, CustomOpDomain**))                        \
+  TK_ORT(27, domain_add, Status*, (CustomOpDomain*, const CustomOp*))                        \
+  TK_ORT(28, add_domain, Status*, (SessionOptions*, CustomOpDomain*))                        \
+  TK_ORT(51, tensor_data, Status*, (Value*, void**))                                         \
+  TK_ORT(60, element_type, Status*, (const TensorInfo*, ElementType*))                       \
+  TK_ORT(61, dimension_count, Status*, (const TensorInfo*, size_t*))                         \
+  TK_ORT(62, dimensions, Status*, (const TensorInfo*, int64_t*, size_t))                     \
+  TK_ORT(65, tensor_info, Status*, (const Value*, TensorInfo**))                             \
+  TK_ORT(85, attribute_float, Status*, (const KernelInfo*, const char*, float*))             \
+  TK_ORT(87, attribute_string, Status*, (const KernelInfo*, const char*, char*, size_t*))    \
+  TK_ORT(88, input_count, Status*, (const KernelContext*, size_t*))                          \
+  TK_ORT(90, input, Status*, (const KernelContext*, size_t, const Value**))                  \
+  TK_ORT(91, output, Status*, (KernelContext*, size_t, const int64_t*, size_t, Value**))     \
+  TK_ORT(93, release_status, void, (Status*))                                                \
+  TK_ORT(99, release_tensor_info, void, (TensorInfo*))                                       \
+  TK_ORT(163, attribute_ints, Status*, (const KernelInfo*, const char*, int64_t*, size_t*))  \
+  TK_ORT(237, has_session_config, Status*, (const SessionOptions*, const char*, int*))       \
+  TK_ORT(238, session_config, Status*, (const SessionOptions*, const char*, char*, size_t*)) \
+  TK_ORT(244, node_name, Status*, (const KernelInfo*, char*, size_t*))                       \
+  TK_ORT(249, constant_input, Status*, (const KernelInfo*, size_t, int*, const Value**))     \
   TK_ORT(274, parallel_for, Status*, (const KernelContext*, void (*)(void*, size_t), size_t, size_t, void*))
 
-#define TK_ORT(number, name, result, arguments)                      \
-  template <class... A>                                              \
-  result name(const Api* api, A... a) {                              \
-    using Fn = result(*) arguments;                                  \
-    return reinterpret_cast<Fn>(api->slot[number])(a...);            \
+#define TK_ORT(number, name, result, arguments)           \
+  template <class... A>                                   \
+  result name(const Api* api, A... a) {                   \
+    using Fn = result(*) arguments;                       \
+    return reinterpret_cast<Fn>(api->slot[number])(a...); \
   }
 TK_ORT_CALLS
 #undef TK_ORT

@@ -1,0 +1,103 @@
+// Replays the cases of replay.py through the C ABI on every usable ISA. Prints what it checked; exit code 1 on the first wrong result.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <string>
+#include <vector>
+
+#include "ticketkit.h"
+
+namespace {
+
+std::vector<char> file;
+size_t at = 0;
+
+template <class T>
+const T* take(int64_t count) {
+  const T* p = reinterpret_cast<const T*>(file.data() + at);
+  at += (static_cast<size_t>(count) * sizeof(T) + 7) / 8 * 8;
+  if (at > file.size()) {
+    std::puts("the case file is truncated");
+    std::exit(1);
+  }
+  return p;
+}
+
+void* aligned(size_t bytes) { return std::aligned_alloc(TK_ALIGNMENT, (bytes / TK_ALIGNMENT + 1) * TK_ALIGNMENT); }
+
+struct Case {
+  const int64_t* head = take<int64_t>(19);
+  const float* limits = take<float>(3);
+  bool conv = head[0] == 0;
+  int64_t rows = conv ? head[5] : head[2], nnz = head[16], y_count = head[18];
+  const float* x = take<float>(head[17]);
+  const float* values = take<float>(nnz);
+  const float* bias = take<float>(rows);
+  const float* residual = take<float>(y_count);
+  const float* expected = take<float>(y_count);
+  const int32_t* col_indices = take<int32_t>(nnz);
+  const int64_t* row_ptr = take<int64_t>(rows + 1);
+
+  // Largest difference from the oracle; infinite where a call fails.
+  float run(int32_t isa) const {
+    tk_conv2d shape{};
+    int64_t cols = head[3];
+    if (conv) {
+      int64_t* const fields = &shape.in_channels;
+      for (int i = 0; i < 14; ++i) fields[i] = head[2 + i];
+      cols = shape.in_channels * shape.kernel_h * shape.kernel_w;
+    }
+    const tk_csr weight = {rows, cols, nnz, values, col_indices, row_ptr};
+    size_t bytes = 0;
+    tk_status status =
+        conv ? tk_conv2d_csr_packed_bytes(&shape, &weight, isa, nullptr, &bytes) : tk_gemm_csr_packed_bytes(&weight, isa, &bytes);
+    if (status != TK_OK) return INFINITY;
+    void* const packed = aligned(bytes);
+    status = conv ? tk_conv2d_csr_pack(&shape, &weight, isa, nullptr, packed, bytes) : tk_gemm_csr_pack(&weight, isa, packed, bytes);
+    if (status != TK_OK) return INFINITY;
+    void* const workspace = aligned(tk_workspace_bytes(packed));
+    std::vector<float> y(static_cast<size_t>(y_count), NAN);
+    const tk_args args = {head[1], x, bias, residual, y.data(), limits[1], limits[2]};
+    const int64_t parts = tk_parts(packed, head[1]);
+    status = tk_run(packed, &args, 0, parts / 2, workspace);
+    if (status == TK_OK) status = tk_run(packed, &args, parts / 2, parts, workspace);
+    float worst = status == TK_OK ? 0.0f : INFINITY;
+    for (int64_t i = 0; i < y_count; ++i) {
+      const float difference = std::fabs(y[static_cast<size_t>(i)] - expected[i]);
+      if (!(difference <= worst)) worst = difference;
+    }
+    std::free(packed);
+    std::free(workspace);
+    return worst;
+  }
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 2) {
+    std::puts("usage: replay CASES");
+    return 1;
+  }
+  std::ifstream in(argv[1], std::ios::binary);
+  file.assign(std::istreambuf_iterator<char>(in), std::istreambuf_iterator<char>());
+  int cases = 0, usable = 0;
+  for (; at < file.size(); ++cases) {
+    const Case c;
+    usable = 0;
+    for (int32_t isa = 0; isa < tk_isa_count(); ++isa) {
+      if (!tk_isa_usable(isa)) continue;
+      ++usable;
+      const float worst = c.run(isa);
+      if (!(worst <= c.limits[0])) {
+        std::printf("case %d on %s: difference %g, tolerance %g\n", cases, tk_isa_name(isa), worst, c.limits[0]);
+        return 1;
+      }
+    }
+  }
+  int32_t active = 0;
+  tk_isa_active(&active);
+  std::printf("%d cases agree on %d instruction sets, the fastest %s\n", cases, usable, tk_isa_name(active));
+  return cases > 0 && usable > 0 ? 0 : 1;
+}

@@ -1,0 +1,73 @@
+"""Writes kernel cases, each with the oracle's answer, for replay.cc: so kernels are checked on processors where Python does not run.
+
+One case: int64 [19] (kind 0 conv2d / 1 gemm, batch, the 14 numbers of tk_conv2d or rows and cols, nnz, x count, y count), float32
+tolerance, min, max, then x, values, bias, residual, expected (float32), col_indices (int32), row_ptr (int64), padded to 8 bytes each.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import astuple
+from pathlib import Path
+
+import numpy as np
+import oracle
+
+from ticketkit.formats import csr
+from ticketkit.runtime.native import ConvShape
+
+
+def cases(count: int) -> list[list[np.ndarray]]:
+    """`count` random convolutions and half as many fully connected layers."""
+    rng = np.random.default_rng(0)
+    return [_conv(rng) for _ in range(count)] + [_gemm(rng) for _ in range(count // 2)]
+
+
+def _conv(rng: np.random.Generator) -> list[np.ndarray]:
+    def draw(low: int, high: int, n: int) -> list[int]:
+        return [int(v) for v in rng.integers(low, high + 1, n)]
+
+    (c,), (m,), kernel, stride = draw(1, 20, 1), draw(1, 40, 1), draw(1, 5, 2), draw(1, 3, 2)
+    pads, dilation = draw(0, 3, 4), draw(1, 2, 2)
+    size = [max(1, dilation[i] * (kernel[i] - 1) + 1 - pads[i] - pads[i + 2]) + draw(0, 30, 1)[0] for i in (0, 1)]
+    shape = ConvShape(c, *size, m, *kernel, *stride, *pads, *dilation)
+    weight = _sparse(rng, m, c, *kernel)
+    (batch,) = draw(1, 3, 1)
+    x = rng.standard_normal((batch, c, *size)).astype(np.float32)
+    residual = rng.standard_normal((batch, m, shape.out_h, shape.out_w)).astype(np.float32)
+    bias = rng.standard_normal(m).astype(np.float32)
+    y = oracle.conv2d(
+        x, weight, bias, residual, clip=(0.0, 3.0), strides=tuple(stride), pads=tuple(pads), dilations=tuple(dilation)
+    )
+    return _case([0, batch, *astuple(shape)], weight, x, bias, residual, y)
+
+
+def _gemm(rng: np.random.Generator) -> list[np.ndarray]:
+    m, k, batch = (int(rng.integers(1, high)) for high in (60, 900, 100))
+    weight, x = _sparse(rng, m, k), rng.standard_normal((batch, k)).astype(np.float32)
+    bias, residual = rng.standard_normal(m).astype(np.float32), rng.standard_normal((batch, m)).astype(np.float32)
+    y = oracle.gemm(x, weight, bias, residual, clip=(0.0, 3.0))
+    return _case([1, batch, m, k, *[0] * 12], weight, x, bias, residual, y)
+
+
+def _sparse(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return np.where(rng.random(shape) < rng.random(), rng.standard_normal(shape), 0).astype(np.float32)
+
+
+def _case(head: list[int], weight: np.ndarray, x: np.ndarray, bias: np.ndarray, residual: np.ndarray, y: np.ndarray) -> list[np.ndarray]:
+    parts = csr.pack(weight)
+    floats = np.array([oracle.tolerance(weight, x, bias, residual), 0.0, 3.0], np.float32)
+    numbers = np.array([*head, len(parts["values"]), x.size, y.size], np.int64)
+    return [numbers, floats, x, parts["values"], bias, residual, y.astype(np.float32), parts["col_indices"], parts["row_ptr"]]
+
+
+def write(path: Path, count: int) -> None:
+    with path.open("wb") as out:
+        for case in cases(count):
+            for array in case:
+                data = array.tobytes()
+                out.write(data + bytes(-len(data) % 8))
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]), 150)
