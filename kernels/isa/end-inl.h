@@ -1,8 +1,8 @@
 // The algorithms, and the ISA's row of the dispatch table. Included last, inside the ISA's namespace.
 
+#include "../algo/rows-inl.h"
 #include "../algo/conv2d_csr-inl.h"
 #include "../algo/gemm_csr-inl.h"
-#include "../algo/rows-inl.h"
 
 static constexpr Isa describe(const char* name, int32_t rank, bool (*usable)()) {
   return {name,
