@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+# Before torch is first imported: threads that wait do not spin, so that tests stay quick where cores are shared.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 UNPACK = Path(__file__).resolve().parents[2] / "shared" / "data" / "unpack.py"
 # Small enough for seconds, long enough to cross an epoch (5 steps) within each round.
 SMALL_RUN = {"rounds": 2, "steps": 7, "batch_size": 256, "lr": 0.05, "seed": 0, "threads": 1}

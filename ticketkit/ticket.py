@@ -228,7 +228,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
     path = Path(path)
     temporary = None
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:
             temporary = file.name
             file.write(data)
             file.flush()

@@ -35,7 +35,7 @@ def evaluate(module: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], num_cl
             here = labels.to(device)
             batch_loss, logits = loss(module, images.to(device), here)
             score.update(logits, here)
-            total += batch_loss.double().cpu() * len(here)
+            total += batch_loss.cpu().double() * len(here)
             count += len(here)
     module.train(was_training)
     return float(score.compute()), float(total / max(count, 1))

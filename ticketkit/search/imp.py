@@ -186,11 +186,11 @@ def find(
     with torch.random.fork_rng(devices=[]), setup.torch_threads(threads, run), progress or Progress() as shown:
         start = setup.network(model, weights, len(images.classes), chosen.size, seed)
         config = setup.config(chosen, model, images, settings, start.source, rewind=rewind, rate=rate, rounds=count)
-        run.claim(config)
-        if rewind != "early" and not run.has_rewind():
-            run.save_rewind(start.pretrained if rewind == "pretrained" else start.initial)
-        shown.start(count, setup.steps_left(run, settings.steps, rewound_step, count), start.source.remarks)
-        Search(start.module, chosen, images, settings, config, run, checkpoint_seconds, shown).iterate(start.pretrained, count)
+        with run.claim(config):
+            if rewind != "early" and not run.has_rewind():
+                run.save_rewind(start.pretrained if rewind == "pretrained" else start.initial)
+            shown.start(count, setup.steps_left(run, settings.steps, rewound_step, count), start.source.remarks)
+            Search(start.module, chosen, images, settings, config, run, checkpoint_seconds, shown).iterate(start.pretrained, count)
     return RunResult(run.path, run.config(), run.rows()[: count + 1])
 
 

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from numpy.typing import NDArray
 from safetensors.numpy import save as to_safetensors
@@ -33,25 +35,36 @@ class RunDir:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
 
-    def claim(self, config: Mapping[str, Any]) -> None:
-        """Make the directory for a run of this configuration, or check that it holds one.
+    @contextmanager
+    def claim(self, config: Mapping[str, Any]) -> Iterator[None]:
+        """Make the directory for a run of this configuration, or check that it holds one; nobody else may write it meanwhile.
 
         Raises:
-            TicketError: it holds a run of another configuration (the fields are named), other files, or cannot be written.
+            TicketError: it holds a run of another configuration (the fields are named) or other files, another process is at
+                work in it, or it cannot be written.
         """
+        self._check(config)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise TicketError(f"{self.path}: cannot make the run directory ({error.strerror}); choose another --out") from None
+        with lock:
+            _lock(lock, self.path)
+            for leftover in self.path.rglob(".*.tmp"):  # of a write that a crash cut short
+                leftover.unlink(missing_ok=True)
+            write_atomic(self.path / "run.json", (json.dumps(dict(config), indent=2) + "\n").encode())
+            yield
+
+    def _check(self, config: Mapping[str, Any]) -> None:
         if (self.path / "run.json").exists():
             there = self.config()
             differ = [key for key in sorted({*config, *there} - FREE) if config.get(key) != there.get(key)]
             if differ:
                 fields = "; ".join(f"{key} is {_short(there.get(key))} there, {_short(config.get(key))} here" for key in differ)
                 raise TicketError(f"{self.path} holds a different run ({fields}); repeat its options or choose another --out")
-        elif self.path.is_dir() and any(self.path.iterdir()):
+        elif self.path.is_dir() and any(not entry.name.startswith(".") for entry in self.path.iterdir()):
             raise TicketError(f"{self.path} is not empty and holds no run; choose another --out")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise TicketError(f"{self.path}: cannot make the run directory ({error.strerror}); choose another --out") from None
-        write_atomic(self.path / "run.json", (json.dumps(dict(config), indent=2) + "\n").encode())
 
     def config(self) -> dict[str, Any]:
         """The content of run.json."""
@@ -121,6 +134,17 @@ class RunDir:
         if not isinstance(value, dict):
             raise TicketError(f"{path}: expected a JSON object, got {_short(value)}")
         return value
+
+
+def _lock(file: IO[str], path: Path) -> None:
+    """Released by the system when the file is closed, also by kill -9. Windows has no such lock and goes without."""
+    if sys.platform != "win32":
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise TicketError(f"{path}: another process is at work on this run; wait for it or choose another --out") from None
 
 
 def _short(value: Any) -> str:
