@@ -294,9 +294,9 @@ def test_a_protocol_must_make_sense(change):
 
 def test_the_table_says_what_the_speedup_must_be_read_with(model, fake):
     report = timing.measure(model, fake("sparse", "steady"), protocol=QUICK)
-    console = Console(width=200, record=True, file=io.StringIO())
+    console = Console(width=200, file=io.StringIO())
     console.print(table.render(report))
-    text = console.export_text()
+    text = console.file.getvalue()
     for expected in (
         *("skipped", "multiplied", "90.02% of the prunable weights", "70.6 kFLOP of 145 kFLOP a sample left (48.6%)"),
         *("0% to 90%, median 0% of 3 layers", "fake_sparse runs", "of 3 layers sparse"),

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-import ticketkit
+from ticketkit import __version__
 from ticketkit.bench import engines, machine
 from ticketkit.errors import KernelError
 
@@ -28,7 +28,7 @@ def examine() -> dict[str, Any]:
     """
     physical, usable = machine.cores()
     return {
-        "ticketkit": ticketkit.__version__,
+        "ticketkit": __version__,
         "commit": machine.commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),

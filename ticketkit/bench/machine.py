@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-import ticketkit
+ROOT = Path(__file__).resolve().parents[2]  # of the checkout, where there is one
 
 
 def cpu_name() -> str:
@@ -33,11 +33,10 @@ def cores() -> tuple[int, int]:
 
 def commit() -> str:
     """Commit of the checkout ticketkit runs from, "-dirty" appended where its code was changed; "" for an installed package."""
-    root = Path(ticketkit.__file__).resolve().parents[1]
-    if not (root / ".git").exists():
+    if not (ROOT / ".git").exists():
         return ""
-    changed = _output("git", "-C", str(root), "status", "--porcelain", "--", "ticketkit", "kernels")
-    return _output("git", "-C", str(root), "rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+    changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--", "ticketkit", "kernels")
+    return _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 
 
 def _output(*command: str) -> str:

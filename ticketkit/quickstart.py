@@ -1,0 +1,189 @@
+"""`ticketkit quickstart`: find a ticket, export it, run it, measure it, in a few minutes on two cores and without a download.
+
+The ticket is real but small (scikit-learn's digits). What sparsity does to the latency of a network that people deploy is shown
+on a ResNet-50 with the layer-wise sparsity that global magnitude pruning is published to reach, and random weights.
+"""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from ticketkit.bench import engines, table, timing
+from ticketkit.errors import ModelError, TicketkitError
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+DISTRIBUTIONS = Path(__file__).with_name("bench") / "resnet50_global_magnitude.csv"
+LEVEL = 0.9
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of everything. The default is for two cores and under four minutes."""
+
+    rounds: int = 4
+    rate: float = 0.44  # 1 - 0.56^4: 90 % after four rounds; the papers prune 20 % a round
+    steps: int = 60  # of training, per round; on one thread, since two wait for each other on a shared machine
+    image: int = 224  # height and width for ResNet-50
+    protocol: timing.Protocol = field(default_factory=lambda: timing.Protocol(rounds=6, seconds=0.4, warmup=0.4))
+
+
+def quickstart(out: Path, budget: Budget, console: Console) -> list[timing.Report]:
+    """Find, export, run and bench; everything made stays in the folder `out`, the rows in `out/rows.jsonl`. Prints one table.
+
+    Started again, it takes up the search where it stopped. Raises TicketkitError where a step fails.
+    """
+    _require_torch()
+    start = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    console.rule("1/4  find: a ticket on scikit-learn's digits, ResNet-20", align="left")
+    notes = [_find(out, budget)]
+    console.rule("2/4  export and run it", align="left")
+    notes += [_export(out / "digits", out / "digits.onnx", console), _run(out / "digits.onnx", budget)]
+    console.rule(f"3/4  a ResNet-50, {LEVEL:.0%} sparse, {budget.image} x {budget.image}, random weights", align="left")
+    with console.status("building the network, capturing it as ONNX, exporting it"):
+        notes += [_export(resnet50(global_magnitude(LEVEL), image=budget.image), out / "resnet50.onnx", console)]
+    notes += ["resnet50: random weights, layers as sparse as global magnitude pruning leaves them; its answers mean nothing"]
+    console.rule("4/4  bench both: engines in turns, one thread, batch 1", align="left")
+    reports = [_bench(out / name, budget, console) for name in ("digits.onnx", "resnet50.onnx")]
+    with (out / "rows.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(row.to_json() + "\n" for report in reports for row in report.rows)
+    _conclude(reports, notes, console)
+    console.print(f"{time.monotonic() - start:.0f} s; all files are in {out}", markup=False, highlight=False)
+    return reports
+
+
+def global_magnitude(level: float) -> dict[str, float]:
+    """ResNet-50 layer -> sparsity at an overall level of 0.6723, 0.7903, 0.9 or 0.956 (source in the head of the table file).
+
+    Raises ModelError for a level that the table has not.
+    """
+    with DISTRIBUTIONS.open(encoding="utf-8", newline="") as file:
+        table_rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    column = f"model_{level:.2%}".rstrip("%")
+    if column not in table_rows[0]:
+        known = ", ".join(name.removeprefix("model_") for name in table_rows[0] if name.startswith("model_"))
+        raise ModelError(f"layer-wise sparsity is known at {known} %, got {level:.2%}")
+    return {row["layer"]: float(row[column]) for row in table_rows}
+
+
+def uniform(level: float) -> dict[str, float]:
+    """ResNet-50 layer -> sparsity, the same for every prunable layer; the stem and the classifier stay dense."""
+    return {layer: level if sparsity else 0.0 for layer, sparsity in global_magnitude(LEVEL).items()}
+
+
+def resnet50(sparsity: Mapping[str, float], image: int = 224, seed: int = 0) -> ModelProto:
+    """torchvision's ResNet-50, He-initialised, the smallest weights of each layer set to zero; input [batch, 3, image, image].
+
+    Args:
+        sparsity: fraction of zeros by layer name ("layer1.0.conv1", "fc"); every convolution must be named.
+    """
+    import torch
+    from torch import nn
+
+    from ticketkit import models
+    from ticketkit.capture import capture
+
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        module = models.build("resnet50", 1000, image)
+        for name, layer in module.named_modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                # the largest weights of a layer carry most of its energy, so activations neither vanish nor overflow
+                nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu")
+                count = round(sparsity[name] * layer.weight.numel())
+                layer.weight.view(-1)[layer.weight.abs().flatten().topk(count, largest=False, sorted=False).indices] = 0
+        return capture(module, (3, image, image))
+
+
+def _require_torch() -> None:
+    usable, why = engines.get("torch").available()
+    if not usable:
+        raise TicketkitError(f"quickstart trains a small network: {why}")
+
+
+def _find(out: Path, budget: Budget) -> str:
+    from ticketkit.search import imp, progress
+
+    shown = progress.choose()
+    found = imp.find(
+        "digits", rounds=budget.rounds, rate=budget.rate, steps=budget.steps, threads=1, out=out / "digits", progress=shown
+    )
+    dense, ticket = found.rows[0], found.rows[-1]
+    return (
+        f"digits: accuracy {ticket['metric']:.2%} with {ticket['sparsity']:.2%} of the prunable weights gone, "
+        f"dense {dense['metric']:.2%} (one run of {budget.steps} steps a round, both)"
+    )
+
+
+def _export(source: Path | ModelProto, path: Path, console: Console) -> str:
+    from ticketkit.exporters import export
+
+    report = export(source, path)
+    console.print(str(report), markup=False, highlight=False)
+    return f"{path.stem}: {report.bytes / 1e6:.2f} MB, {report.dense_bytes / report.bytes:.1f}x smaller than as dense ONNX"
+
+
+def _run(path: Path, budget: Budget) -> str:
+    """Classify all test images with ticketkit and with stock onnxruntime."""
+    import onnxruntime
+
+    from ticketkit import tasks
+    from ticketkit.session import InferenceSession
+    from ticketkit.tasks import _data
+
+    task = tasks.get("digits")
+    test = task.load(None).test
+    sessions = InferenceSession(path, threads=1), onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    answers = []
+    for session in sessions:
+        name = session.get_inputs()[0].name
+        logits = [session.run(None, {name: np.ascontiguousarray(x.numpy())})[0] for x, _ in _data.evaluation_batches(task, test)]
+        answers.append(np.concatenate(logits).argmax(1))
+    same, right = int((answers[0] == answers[1]).sum()), float((answers[0] == test.labels).mean())
+    return f"digits: the file classifies {right:.2%}; ticketkit and stock onnxruntime agree on {same} of {len(test)} test images"
+
+
+def _bench(path: Path, budget: Budget, console: Console) -> timing.Report:
+    chosen, unusable = engines.usable()
+    with table.progress(path.stem) as progress:
+        report = timing.measure(path, chosen, protocol=budget.protocol, progress=progress)
+    for name, why in (unusable | report.failures).items():
+        console.print(f"{path.stem}: without {name}: {why}", markup=False, highlight=False)
+    if report.interrupted:
+        raise KeyboardInterrupt
+    if "ticketkit" not in (row.engine for row in report.rows):
+        raise TicketkitError(f"{path.stem}: ticketkit itself could not be timed: {(unusable | report.failures)['ticketkit']}")
+    return report
+
+
+def _conclude(reports: list[timing.Report], notes: list[str], console: Console) -> None:
+    grid = Table("model", "zeros", "FLOPs left", "engine", "p50 ms", "p90 ms", "× dense", "file MB", box=None, pad_edge=False)
+    for column in grid.columns[1:3] + grid.columns[4:]:
+        column.justify = "right"
+    for report in reports:
+        dense, left = report.subject.plan.flops
+        facts = [report.subject.path.stem, f"{report.subject.sparsity_prunable or 0:.1%}", f"{left / max(dense, 1):.1%}"]
+        for row in sorted(report.rows, key=lambda row: row.p50_ms):
+            ratio = "-" if row.speedup is None else f"{row.speedup:.2f}"
+            numbers = [f"{row.p50_ms:.3g}", f"{row.p90_ms:.3g}", ratio, f"{row.file_bytes / 1e6:.3g}"]
+            grid.add_row(*facts, row.engine, *numbers, style=None if row.multiplies_zeros else "bold")
+            facts = ["", "", ""]
+        notes.append(f"{report.subject.path.stem}: sparsity by layer {table.distribution(report.subject.plan)}")
+    console.rule("the result: batch 1, one thread", align="left")
+    console.print(grid)
+    notes.append("zeros: of the prunable weights. × dense: p50 of the fastest dense engine of the same run over this p50")
+    rows = reports[-1].rows
+    notes.append(f"{rows[0].cpu}; " + ", ".join(f"{row.engine} {row.engine_version}" for row in rows))
+    for note in notes:
+        console.print(note, markup=False, highlight=False)
