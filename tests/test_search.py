@@ -28,7 +28,7 @@ from ticketkit.search.progress import Progress  # noqa: E402
 from ticketkit.search.rewind import step_of  # noqa: E402
 from ticketkit.search.rundir import RunDir  # noqa: E402
 from ticketkit.search.train import Settings, Training  # noqa: E402
-from ticketkit.tasks._data import Batches, Data, Task  # noqa: E402
+from ticketkit.tasks import Batches, Data, Task  # noqa: E402
 from ticketkit.ticket import read_safetensors  # noqa: E402
 
 DIGITS = tasks.get("digits")
@@ -185,7 +185,7 @@ def test_masks_follow_trained_magnitudes_not_rewound_ones(small_run: Path) -> No
 def test_metric_is_measured_on_the_stored_weights(small_run: Path, data: Data) -> None:
     module, config, _ = load_round(small_run)
     from ticketkit.pretrain.supervised import evaluate
-    from ticketkit.tasks._data import evaluation_batches
+    from ticketkit.tasks import evaluation_batches
 
     score, loss = evaluate(module.to(memory_format=torch.channels_last), evaluation_batches(DIGITS, data.test), config["num_classes"])
     assert score == pytest.approx(rows_of(small_run)[-1]["metric"], abs=1 / 360 + 1e-9)

@@ -148,7 +148,7 @@ class Ticket:
         """
         tensors, metadata = read_safetensors(path)
         if KEY not in metadata:
-            raise TicketError(f"{path}: a safetensors file but no ticket (no {KEY!r} metadata); for plain weights use --weights")
+            raise TicketError(f"{path}: a safetensors file but no ticket: it has no {KEY!r} metadata; are these plain weights?")
         try:
             header = json.loads(metadata[KEY])
             claimed, version, shapes = header.pop("sha256"), header["format"], header["shapes"]

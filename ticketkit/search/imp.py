@@ -4,6 +4,7 @@ Pre-training in Computer Vision Models" (CVPR 2021), resumable after any step.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import nn
 
 from ticketkit import masks as algebra
 from ticketkit import models, tasks
-from ticketkit.errors import TicketError
+from ticketkit.errors import ModelError, TicketError
 from ticketkit.masks import Masks
 from ticketkit.pretrain import supervised
 from ticketkit.search import rewind as points
@@ -24,8 +25,7 @@ from ticketkit.search.interrupt import deferred_interrupt
 from ticketkit.search.progress import Progress
 from ticketkit.search.rundir import Arrays, Row, RunDir
 from ticketkit.search.train import Settings, Training
-from ticketkit.tasks import Data, Task
-from ticketkit.tasks._data import Batches, evaluation_batches
+from ticketkit.tasks import Batches, Data, Task, evaluation_batches
 from ticketkit.ticket import Ticket
 
 
@@ -103,6 +103,8 @@ class Search:
         """Measure the trained round, and write ticket, weights and row."""
         classes, name = self.config["num_classes"], self.config["model"]
         score, loss = supervised.evaluate(self.module, evaluation_batches(self.task, self.data.test), classes)
+        if not math.isfinite(loss):
+            raise ModelError(f"training diverged: the test loss of round {k} is {loss}; lower --lr")
         val_score, _ = supervised.evaluate(self.module, evaluation_batches(self.task, self.data.val), classes)
         dense = self.run.rows()[0]["metric"] if k else score
         origin = ("model", "weights", "weights_sha256", "objective", "task", "rewind", "rate", "seed", "version")

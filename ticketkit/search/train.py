@@ -21,7 +21,7 @@ from ticketkit import models
 from ticketkit.errors import ModelError
 from ticketkit.masks import Masks
 from ticketkit.pretrain import supervised
-from ticketkit.tasks._data import Batches
+from ticketkit.tasks import Batches
 
 SCHEDULES = ("multistep", "cosine", "constant")
 

@@ -5,6 +5,7 @@ begin with an underscore are no tasks. A file name's underscores are dashes in t
 
 **What is measured on what.** A tenth of the training images is held out (`Data.val`) for whoever wants to choose something: a
 learning rate, a round to stop at. The test images are measured once a round and recorded as `metric`; nothing is chosen by them.
+Weights pretrained on the whole training set have seen the held-out images too; `val_metric` then flatters them all alike.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from functools import cache
 from importlib import import_module
 
 from ticketkit.errors import DataError
-from ticketkit.tasks._data import Augmentation, Data, Recipe, Split, Task
+from ticketkit.tasks._data import Augmentation, Batches, Data, Recipe, Split, Task, evaluation_batches
 
-__all__ = ["Augmentation", "Data", "Recipe", "Split", "Task", "get", "names"]
+__all__ = ["Augmentation", "Batches", "Data", "Recipe", "Split", "Task", "evaluation_batches", "get", "names"]
 
 
 @cache
