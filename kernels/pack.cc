@@ -1,5 +1,6 @@
 // Validation of CSR weights and their packing into the blocked form of packed.h. Runs once per layer, at load.
 #include <cmath>
+#include <numeric>
 
 #include "packed.h"
 
@@ -14,6 +15,10 @@ constexpr int64_t kMaxStrips = 1 << 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t to) { return ceil_div(a, to) * to; }
+
+int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
+
+int32_t i32(int64_t x) { return static_cast<int32_t>(x); }
 
 bool within(int64_t x, int64_t low, int64_t high) { return x >= low && x <= high; }
 
@@ -34,112 +39,96 @@ tk_status check_shape(const tk_conv2d& s, const tk_csr& w) {
   return TK_OK;
 }
 
-// Where a kernel tap reads: its strip and the rows it is shifted by.
-struct Tap {
-  int32_t strip;
-  int64_t row_shift;
+// Kernel row i reads input row stride_h * oh + i * dilation_h - pad_top: phase (i * dilation_h) % stride_h, shifted by (i * dilation_h) /
+// stride_h output rows. The phases repeat with period stride_h / gcd(dilation_h, stride_h), so rows i and i + period share strips.
+struct RowPhases {
+  explicit RowPhases(const tk_conv2d& shape) : s(shape), period(s.stride_h / std::gcd(s.dilation_h, s.stride_h)) {
+    count = s.kernel_h < period ? s.kernel_h : period;
+  }
+  int64_t phase(int64_t k) const { return k * s.dilation_h % s.stride_h; }
+  int64_t shift(int64_t i) const { return i * s.dilation_h / s.stride_h; }
+  int64_t last_row(int64_t k) const { return k + (s.kernel_h - 1 - k) / period * period; }
+
+  const tk_conv2d& s;
+  int64_t period, count;
 };
 
-int64_t phases(const tk_conv2d& s) {
-  int64_t n = 0;
-  for (int64_t i = 0; i < s.kernel_h && n < s.stride_h; ++i) {
-    bool seen = false;
-    for (int64_t j = 0; j < i && !seen; ++j) seen = (j * s.dilation_h) % s.stride_h == (i * s.dilation_h) % s.stride_h;
-    n += !seen;
-  }
-  return n;
-}
-
-// The k-th distinct row phase in order of kernel rows, its smallest and largest row shift.
-void describe_phase(const tk_conv2d& s, int64_t k, int64_t* phase, int64_t* row_min, int64_t* row_max) {
-  int64_t n = -1;
-  *phase = -1;
-  for (int64_t i = 0; i < s.kernel_h; ++i) {
-    const int64_t at = (i * s.dilation_h) % s.stride_h, shift = i * s.dilation_h / s.stride_h;
-    if (*phase < 0) {
-      bool seen = false;
-      for (int64_t j = 0; j < i && !seen; ++j) seen = (j * s.dilation_h) % s.stride_h == at;
-      n += !seen;
-      if (n < k) continue;
-      *phase = at;
-      *row_min = shift;
+// Places the strips of one channel behind each other, kernel columns outside, row phases inside; writes them where `strips` is not null.
+tk_status plan_strips(const tk_conv2d& s, int64_t tile_floats, int64_t lanes, Packed* p, Strip* strips) {
+  const RowPhases rows(s);
+  if (rows.count > kMaxStrips / s.kernel_w) return TK_TOO_LARGE;
+  p->strip_count = i32(rows.count * s.kernel_w);
+  int64_t at = 0;
+  for (int64_t i = 0; i < p->strip_count; ++i) {
+    const int64_t column = i / rows.count, k = i % rows.count;
+    const int64_t extra_rows = rows.shift(rows.last_row(k)) - rows.shift(k);
+    const int64_t length = round_up(tile_floats + extra_rows * p->out_w, lanes);
+    if (length > kMaxOffset / 4 - at) return TK_TOO_LARGE;
+    if (strips) {
+      const int64_t shift = column * s.dilation_w - s.pad_left;  // stride_w * ow + shift must be in [0, in_w)
+      const int64_t begin = clamp(shift >= 0 ? 0 : ceil_div(-shift, s.stride_w), 0, p->out_w);
+      const int64_t end = clamp(shift >= s.in_w ? 0 : ceil_div(s.in_w - shift, s.stride_w), begin, p->out_w);
+      strips[i] = {i32(shift), i32(rows.phase(k)), i32(rows.shift(k)), i32(length), i32(at), i32(begin), i32(end)};
     }
-    if (at == *phase) *row_max = shift;
+    at += length;
   }
+  p->channel_floats = at;
+  return TK_OK;
 }
 
-Tap find_tap(const tk_conv2d& s, int64_t phase_count, int64_t i, int64_t j) {
-  const int64_t at = (i * s.dilation_h) % s.stride_h;
-  for (int64_t k = 0; k < phase_count; ++k) {
-    int64_t phase = 0, low = 0, high = 0;
-    describe_phase(s, k, &phase, &low, &high);
-    if (phase == at) return {static_cast<int32_t>(j * phase_count + k), i * s.dilation_h / s.stride_h - low};
-  }
-  return {0, 0};
+// The tile and the block: whole vectors shared out evenly over the tiles, channels evenly over the blocks.
+tk_status plan_cuts(const tk_tuning* tuning, int64_t lanes, Packed* p) {
+  const int64_t pixels = p->out_h * p->out_w, vectors = ceil_div(pixels, lanes);
+  const int64_t tile = tuning ? tuning->tile_vectors : 0;
+  if (!within(tile, 0, kMaxTileVectors)) return TK_BAD_ARGUMENT;
+  p->tile_vectors = i32(tile ? tile : ceil_div(vectors, ceil_div(vectors, kMaxTileVectors)));
+  p->tiles = ceil_div(vectors, p->tile_vectors);
+  p->row_groups = ceil_div(p->rows, kGroupRows);
+  return TK_OK;
 }
 
-// Fills the header; strips are written when `strips` is not null. Sizes only depend on shape, nnz, ISA and tuning.
-tk_status plan_conv2d(const tk_conv2d& s, const tk_csr& w, int32_t isa, const tk_tuning* tuning, Packed* p, Strip* strips) {
+void plan_blocks(const tk_tuning* tuning, int64_t bytes_per_channel, int64_t channels, Packed* p) {
+  int64_t block = tuning ? tuning->block_channels : 0;
+  if (block == 0) {
+    block = clamp(kBlockBytes / bytes_per_channel, 1, channels);
+    block = ceil_div(channels, ceil_div(channels, block));
+  }
+  p->block_channels = block < channels ? block : channels;
+  p->blocks = ceil_div(channels, p->block_channels);
+}
+
+// Fills the header, all but the places of the arrays. Sizes depend on shape, nnz, ISA and tuning only.
+tk_status plan_conv2d(const tk_conv2d& s, const tk_csr& w, int32_t isa, const tk_tuning* tuning, Packed* p) {
   const tk_status bad = check_shape(s, w);
   if (bad != TK_OK) return bad;
+  if (tuning && (!within(tuning->strips, 0, 2) || tuning->block_channels < 0)) return TK_BAD_ARGUMENT;
   const int64_t lanes = tk_isa_lanes(isa);
   *p = Packed{};
   p->magic = kMagic;
   p->kernel = k_conv2d_csr_f32;
   p->isa = isa;
-  p->lanes = static_cast<int32_t>(lanes);
+  p->lanes = i32(lanes);
   p->rows = w.rows;
   p->cols = w.cols;
   p->shape = s;
   p->out_h = (s.in_h + s.pad_top + s.pad_bottom - s.dilation_h * (s.kernel_h - 1) - 1) / s.stride_h + 1;
   p->out_w = (s.in_w + s.pad_left + s.pad_right - s.dilation_w * (s.kernel_w - 1) - 1) / s.stride_w + 1;
-  const int64_t pixels = p->out_h * p->out_w, vectors = ceil_div(pixels, lanes);
-  int64_t tile = tuning ? tuning->tile_vectors : 0;
-  if (!within(tile, 0, kMaxTileVectors) || (tuning && tuning->block_channels < 0)) return TK_BAD_ARGUMENT;
-  if (tile == 0) tile = ceil_div(vectors, ceil_div(vectors, kMaxTileVectors));
-  p->tile_vectors = static_cast<int32_t>(tile);
-  p->tiles = ceil_div(vectors, tile);
-  p->row_groups = ceil_div(p->rows, kGroupRows);
+  tk_status status = plan_cuts(tuning, lanes, p);
+  if (status != TK_OK) return status;
 
   const bool pointwise = s.kernel_h * s.kernel_w * s.stride_h * s.stride_w == 1 && s.pad_top + s.pad_left + s.pad_bottom + s.pad_right == 0;
-  const int64_t phase_count = phases(s);
-  if (phase_count * s.kernel_w > kMaxStrips) return TK_TOO_LARGE;
-  p->direct = pointwise && pixels % lanes == 0 && !(tuning && tuning->strips == 1);
-  if (tuning && (!within(tuning->strips, 0, 2) || (tuning->strips == 2 && !p->direct))) return TK_BAD_ARGUMENT;
-  p->strip_count = p->direct ? 0 : static_cast<int32_t>(phase_count * s.kernel_w);
+  const bool can_be_direct = pointwise && p->out_h * p->out_w % lanes == 0;
+  if (tuning && tuning->strips == 2 && !can_be_direct) return TK_BAD_ARGUMENT;
+  p->direct = can_be_direct && !(tuning && tuning->strips == 1);
+  const int64_t tile_floats = p->tile_vectors * lanes;
   if (p->direct) {
-    p->channel_floats = pixels;
+    p->channel_floats = p->out_h * p->out_w;
   } else {
-    for (int64_t j = 0, at = 0; j < s.kernel_w; ++j) {
-      for (int64_t k = 0; k < phase_count; ++k) {
-        int64_t phase = 0, low = 0, high = 0;
-        describe_phase(s, k, &phase, &low, &high);
-        const int64_t length = round_up(tile * lanes + (high - low) * p->out_w, lanes);
-        if (at + length > kMaxOffset / 4) return TK_TOO_LARGE;
-        if (strips) {
-          strips[j * phase_count + k] = {static_cast<int32_t>(j * s.dilation_w - s.pad_left),
-                                         static_cast<int32_t>(phase),
-                                         static_cast<int32_t>(low),
-                                         static_cast<int32_t>(length),
-                                         static_cast<int32_t>(at),
-                                         0};
-        }
-        at += length;
-        p->channel_floats = at;
-      }
-    }
+    status = plan_strips(s, tile_floats, lanes, p, nullptr);
+    if (status != TK_OK) return status;
   }
-  const int64_t tile_bytes = p->direct ? tile * lanes * 4 : p->channel_floats * 4;
-  int64_t block = tuning ? tuning->block_channels : 0;
-  if (block == 0) {
-    block = kBlockBytes / tile_bytes;
-    if (block < 1) block = 1;
-    if (block < s.in_channels) block = ceil_div(s.in_channels, ceil_div(s.in_channels, block));
-  }
-  p->block_channels = block < s.in_channels ? block : s.in_channels;
-  p->blocks = ceil_div(s.in_channels, p->block_channels);
-  if (p->block_channels > kMaxOffset / 4 / p->channel_floats) return TK_TOO_LARGE;
-  return TK_OK;
+  plan_blocks(tuning, 4 * (p->direct ? tile_floats : p->channel_floats), s.in_channels, p);
+  return p->block_channels > kMaxOffset / 4 / p->channel_floats ? TK_TOO_LARGE : TK_OK;
 }
 
 tk_status plan_gemm(const tk_csr& w, int32_t isa, Packed* p) {
@@ -256,7 +245,7 @@ tk_status tk_conv2d_csr_packed_bytes(const tk_conv2d* shape, const tk_csr* w, in
   if (!shape || !w || !packed_bytes) return TK_BAD_ARGUMENT;
   if (!known_isa(isa)) return TK_BAD_ISA;
   Packed p;
-  tk_status status = plan_conv2d(*shape, *w, isa, tuning, &p, nullptr);
+  tk_status status = plan_conv2d(*shape, *w, isa, tuning, &p);
   if (status == TK_OK) status = lay_out(w->nnz, &p);
   if (status == TK_OK) *packed_bytes = static_cast<size_t>(p.total_bytes);
   return status;
@@ -267,23 +256,23 @@ tk_status tk_conv2d_csr_pack(const tk_conv2d* shape, const tk_csr* w, int32_t is
   if (!shape || !w) return TK_BAD_ARGUMENT;
   if (!known_isa(isa)) return TK_BAD_ISA;
   Packed p;
-  tk_status status = plan_conv2d(*shape, *w, isa, tuning, &p, nullptr);
+  tk_status status = plan_conv2d(*shape, *w, isa, tuning, &p);
   if (status == TK_OK) status = lay_out(w->nnz, &p);
   if (status == TK_OK) status = check_buffer(p, packed, packed_bytes);
   if (status == TK_OK) status = tk_csr_validate(w);
   if (status != TK_OK) return status;
-  Packed again;
-  plan_conv2d(*shape, *w, isa, tuning, &again, p.direct ? nullptr : mutable_at<Strip>(packed, p.strips_at));
   *static_cast<Packed*>(packed) = p;
-
   const tk_conv2d& s = *shape;
-  const int64_t taps = s.kernel_h * s.kernel_w, phase_count = phases(s);
-  const Strip* const strips = p.at<Strip>(0) ? static_cast<const Packed*>(packed)->strips() : nullptr;
+  Strip* const strips = mutable_at<Strip>(packed, p.strips_at);
+  if (!p.direct) plan_strips(s, int64_t{p.tile_vectors} * p.lanes, p.lanes, &p, strips);
+
+  const int64_t taps = s.kernel_h * s.kernel_w;
+  const RowPhases rows(s);
   write_entries(*w, taps, p, packed, [&](int64_t column) {
     int64_t floats = column / taps * p.channel_floats;
     if (!p.direct) {
-      const Tap tap = find_tap(s, phase_count, column % taps / s.kernel_w, column % s.kernel_w);
-      floats += strips[tap.strip].offset + tap.row_shift * p.out_w;
+      const int64_t i = column % taps / s.kernel_w, j = column % s.kernel_w;
+      floats += strips[j * rows.count + i % rows.period].offset + (rows.shift(i) - rows.shift(i % rows.period)) * p.out_w;
     }
     return floats * 4;
   });

@@ -28,12 +28,12 @@ struct Entry {
 // strip[i] = x[stride_h*(oh + row_min) + phase - pad_top, stride_w*ow + column*dilation_w - pad_left] with (oh, ow) the i-th pixel after
 // the tile's first, zero outside the image. Every tap of that column and phase is then a constant offset into the strip.
 struct Strip {
-  int32_t x_shift;  // column * dilation_w - pad_left
-  int32_t phase;    // row phase in [0, stride_h)
-  int32_t row_min;  // smallest row shift of its taps, in output rows
-  int32_t length;   // floats: tile + (row_max - row_min) * out_w, rounded up to whole vectors
-  int32_t offset;   // floats from the start of the channel's strips
-  int32_t reserved;
+  int32_t x_shift;                   // column * dilation_w - pad_left
+  int32_t phase;                     // row phase in [0, stride_h)
+  int32_t row_min;                   // smallest row shift of its taps, in output rows
+  int32_t length;                    // floats: tile + (row_max - row_min) * out_w, rounded up to whole vectors
+  int32_t offset;                    // floats from the start of the channel's strips
+  int32_t inside_begin, inside_end;  // output columns whose input column is inside the image
 };
 
 struct Packed {

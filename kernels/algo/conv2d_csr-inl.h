@@ -1,28 +1,17 @@
 // Convolution with CSR weights on NCHW images. Lanes run along flattened output pixels; input channels come in blocks whose strips
 // (packed.h) stay in L1 while every output row of the tile passes over them. Included by isa/*.cc after rows-inl.h.
 
-// strip[0 … length): output pixels from flat index `first` (may be negative) on; see Strip.
-static void fill_strip(const tk_conv2d& s, int64_t out_w, const Strip& strip, const float* plane, int64_t first, float* to) {
-  // Columns of x that are inside the image: stride_w * ow + x_shift in [0, in_w) for ow in [inside_begin, inside_end).
-  const int64_t low = -int64_t{strip.x_shift}, high = s.in_w - strip.x_shift;
-  const int64_t inside_begin = smaller(low <= 0 ? 0 : (low + s.stride_w - 1) / s.stride_w, out_w);
-  const int64_t inside_end = high <= 0 ? inside_begin : larger(smaller((high + s.stride_w - 1) / s.stride_w, out_w), inside_begin);
-  int64_t row = first >= 0 ? first / out_w : -((-first + out_w - 1) / out_w);
-  int64_t column = first - row * out_w;
+// strip[0 … length): output pixels from (row, column) on; see Strip.
+static void fill_strip(const tk_conv2d& s, int64_t out_w, const Strip& strip, const float* plane, int64_t row, int64_t column, float* to) {
   for (int64_t left = strip.length; left > 0; ++row, column = 0) {
-    const int64_t n = smaller(left, out_w - column);
-    const int64_t iy = s.stride_h * row + strip.phase - s.pad_top;
-    if (iy < 0 || iy >= s.in_h) {
+    const int64_t n = smaller(left, out_w - column), iy = s.stride_h * row + strip.phase - s.pad_top;
+    const int64_t begin = larger(strip.inside_begin, column), end = smaller(strip.inside_end, column + n);
+    if (iy < 0 || iy >= s.in_h || begin >= end) {
       zero(to, n);
     } else {
-      const int64_t begin = larger(inside_begin, column), end = smaller(inside_end, column + n);
-      if (begin >= end) {
-        zero(to, n);
-      } else {
-        zero(to, begin - column);
-        copy_strided(plane + iy * s.in_w + begin * s.stride_w + strip.x_shift, s.stride_w, end - begin, to + (begin - column));
-        zero(to + (end - column), column + n - end);
-      }
+      zero(to, begin - column);
+      copy_strided(plane + iy * s.in_w + begin * s.stride_w + strip.x_shift, s.stride_w, end - begin, to + (begin - column));
+      zero(to + (end - column), column + n - end);
     }
     to += n;
     left -= n;
@@ -50,15 +39,15 @@ static void fill_block(const Packed& p, const float* image, int64_t channel_begi
   const tk_conv2d& s = p.shape;
   const Strip* const strips = p.strips();
   const bool flat = s.stride_h == 1 && s.stride_w == 1 && p.out_w == s.in_w;
+  const int64_t row = first_pixel / p.out_w, column = first_pixel % p.out_w;
   for (int64_t c = channel_begin; c < channel_end; ++c, to += p.channel_floats) {
     const float* const plane = image + c * s.in_h * s.in_w;
     for (int32_t i = 0; i < p.strip_count; ++i) {
-      const int64_t first = first_pixel + strips[i].row_min * p.out_w;
-      float* const strip = to + strips[i].offset;
+      const Strip& strip = strips[i];
       if (flat) {
-        fill_strip_flat(s, strips[i], plane, first, strip);
+        fill_strip_flat(s, strip, plane, first_pixel + strip.row_min * p.out_w, to + strip.offset);
       } else {
-        fill_strip(s, p.out_w, strips[i], plane, first, strip);
+        fill_strip(s, p.out_w, strip, plane, row + strip.row_min, column, to + strip.offset);
       }
     }
   }
