@@ -24,6 +24,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "lower": ({"errors", "formats", "runtime"}, DEPLOY | {"onnx", "onnxruntime", "onnx_ir", "ml_dtypes"}),
     "planner": ({"errors", "formats", "runtime", "lower"}, DEPLOY | {"onnx", "rich"}),
 }
+ROOMS["inputs"] = ({"errors", "formats", "ticket"}, DEPLOY | {"PIL"})
 ROOMS["exporters"] = ({*ROOMS, "exporters"}, DEPLOY | {"onnx", "onnxruntime", "safetensors"})
 ROOMS["session"] = ({*ROOMS}, DEPLOY | {"onnx", "onnxruntime"})
 ROOMS["bench"] = ({*ROOMS}, DEPLOY | {"onnx", "onnxruntime", "openvino", "psutil", "rich", "torch"})

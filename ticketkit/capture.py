@@ -1,4 +1,4 @@
-"""nn.Module to ONNX: evaluation mode, dynamic batch, dense weights with exact zeros, parameter names kept."""
+"""nn.Module, or a Ticket, to ONNX: evaluation mode, dynamic batch, dense weights with exact zeros, parameter names kept."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import torch
 from onnx import ModelProto
 from torch import nn
 
-from ticketkit.errors import ModelError
+from ticketkit import models
+from ticketkit.errors import ModelError, TicketError
+from ticketkit.ticket import Ticket
 
 OPSETS = range(18, 21)  # what torch's exporter writes itself; older ones it converts to, often in vain
 BATCH = 2  # of the example: torch.export takes sizes 0 and 1 for constants
@@ -64,6 +66,33 @@ def capture(module: nn.Module, input_shape: Sequence[int], opset: int = 18) -> M
         raise ModelError(f"torch.export cannot trace the network: {cause[0] if cause else 'unknown cause'}") from None
     assert program is not None  # dynamo=True always returns one
     return _tidy(program.model_proto)
+
+
+def capture_ticket(ticket: Ticket, input_shape: Sequence[int] | None = None) -> ModelProto:
+    """The ticket's model with its rewind weights under the masks, as ONNX.
+
+    Args:
+        ticket: with weights, and the model's name in its metadata.
+        input_shape: [C, H, W]; None: as the ticket states.
+
+    Raises:
+        TicketError: the ticket lacks weights, model, image size, or anything to tell the number of classes from.
+        ModelError: the weights do not fit the model.
+    """
+    weights = ticket.merge()
+    shape = input_shape or ticket.meta.get("input_shape")
+    classes = ticket.meta.get("num_classes") or next((len(weights[w]) for w in _heads(ticket) if w in weights), None)
+    if "model" not in ticket.meta or classes is None:
+        raise TicketError("the ticket does not name its model and head; export the run directory instead")
+    if shape is None:
+        raise TicketError("the ticket does not state its input shape; give it (--input-shape 3,32,32)")
+    module = models.build(ticket.meta["model"], classes, shape[-2])
+    models.assign(module, weights)
+    return capture(module, shape)
+
+
+def _heads(ticket: Ticket) -> list[str]:
+    return [f"{head}.weight" for head in ticket.meta.get("head", [])]
 
 
 def _tidy(model: ModelProto) -> ModelProto:

@@ -3,7 +3,7 @@
 A target module holds ``SUMMARY`` (one line for --help), ``SUFFIX`` and two functions:
 
     encode(network, plan) -> bytes         the file; ExportError where the target cannot hold the network
-    decode(data, network) -> ModelProto    the network the file stands for, so that it can be checked against the original
+    decode(data, network) -> ModelProto    the network the file stands for, its weights compared bit for bit with those of `network`
 
 `export` is the public verb: load, lower, plan, encode, check, and only then write.
 """

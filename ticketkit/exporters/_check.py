@@ -1,5 +1,5 @@
-"""Does the exported network compute what the original computes? Both are run on random inputs and the largest difference is compared
-with a tolerance derived from the network itself.
+"""Is the exported network the original? Its weights must be those of the network, bit for bit; then both are run on random inputs and
+the largest difference of the outputs is compared with a tolerance derived from the network itself.
 
 The tolerance. One layer with k stored weights per output computes in float32, in whatever order, to within
 
@@ -71,6 +71,12 @@ def compare(original: ModelProto, exported: ModelProto, network: Network, seed: 
             )
         found.append(Comparison(engine, difference, tolerance))
     return tuple(found)
+
+
+def require_equal(name: str, stored: Array | None, original: Array | None) -> None:
+    """ExportError unless a stored weight or bias is exactly the network's; some mistakes hardly show in the outputs."""
+    if (stored is None) != (original is None) or not np.array_equal(np.asarray(stored), np.asarray(original)):
+        raise ExportError(f"{name}: what was stored differs from the network; nothing was written, please report the model")
 
 
 def derive_tolerance(network: Network, feeds: Mapping[str, Array], expected: Mapping[str, Array], seed: int = 0) -> float:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TypeAlias
 
 from onnx import ModelProto
 
@@ -17,9 +18,6 @@ from ticketkit.errors import ExportError, ModelError, TicketError
 from ticketkit.inputs import IMAGE_KEY
 from ticketkit.lower import read
 from ticketkit.ticket import Ticket
-
-if TYPE_CHECKING:
-    from torch import nn
 
 Source: TypeAlias = str | os.PathLike[str] | bytes | ModelProto
 
@@ -53,52 +51,33 @@ def _from_run(path: Path, round: int | None, input_shape: Sequence[int] | None) 
     if not (path / "run.json").exists():
         raise ModelError(f"{path}: a folder without run.json; expected a run directory of `ticketkit find`, a ticket or an .onnx file")
     _require_torch(path)
+    from ticketkit.capture import capture
     from ticketkit.search.imp import load_round
 
     module, config, _ = load_round(path, round)
-    model = _capture(module, input_shape or config["input_shape"])
+    model = capture(module, _image(input_shape or config["input_shape"]))
     rule = {key: config[key] for key in ("mean", "std", "classes")}
     model.metadata_props.add(key=IMAGE_KEY, value=json.dumps(rule))
-    return model
+    return read(model.SerializeToString())
 
 
 def _from_ticket(path: Path, input_shape: Sequence[int] | None) -> ModelProto:
     ticket = Ticket.load(path)
-    weights = ticket.merge()
-    model = _stated(ticket, path, "model")
-    shape = input_shape or _stated(ticket, path, "input_shape", "; give the input shape (--input-shape 3,32,32)")
     _require_torch(path)
-    from ticketkit import models
+    from ticketkit.capture import capture_ticket
 
-    module = models.build(model, _classes(ticket, path), list(shape)[-2])
-    models.assign(module, weights)
-    return _capture(module, shape)
-
-
-def _stated(ticket: Ticket, path: Path, key: str, advice: str = "; export the run directory instead") -> Any:
-    if key not in ticket.meta:
-        raise TicketError(f"{path}: the ticket does not state its {key.replace('_', ' ')}{advice}")
-    return ticket.meta[key]
+    try:
+        model = capture_ticket(ticket, None if input_shape is None else _image(input_shape))
+    except TicketError as error:
+        raise TicketError(f"{path}: {error}") from None
+    return read(model.SerializeToString())
 
 
-def _classes(ticket: Ticket, path: Path) -> int:
-    """Number of classes: stated, else the width of the head the ticket names."""
-    if "num_classes" in ticket.meta:
-        return int(ticket.meta["num_classes"])
-    for head in ticket.meta.get("head", []):
-        if f"{head}.weight" in ticket.weights:
-            return int(ticket.weights[f"{head}.weight"].shape[0])
-    raise TicketError(f"{path}: the ticket states neither its number of classes nor its head; export the run directory instead")
+def _image(shape: Sequence[int]) -> tuple[int, ...]:
+    """[C, H, W], whether or not a batch stands before it."""
+    return tuple(shape)[-3:]
 
 
 def _require_torch(path: Path) -> None:
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        raise ExportError(f"{path}: exporting a run or a ticket needs torch; pip install 'ticketkit[find]'") from None
-
-
-def _capture(module: nn.Module, input_shape: Sequence[int]) -> ModelProto:
-    from ticketkit.capture import capture
-
-    return read(capture(module, tuple(input_shape)[-3:]).SerializeToString())
+    if find_spec("torch") is None:
+        raise ExportError(f"{path}: exporting a run or a ticket needs torch; pip install 'ticketkit[find]'")

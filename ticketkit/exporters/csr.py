@@ -28,6 +28,7 @@ from safetensors.numpy import save as to_safetensors
 
 from ticketkit import __version__, formats
 from ticketkit.errors import FormatError
+from ticketkit.exporters._check import require_equal
 from ticketkit.formats import Array, finite
 from ticketkit.lower import Layer, Network
 from ticketkit.planner import Plan
@@ -117,12 +118,15 @@ def load(source: str | os.PathLike[str] | bytes) -> dict[str, Weights]:
 
 
 def decode(data: bytes, network: Network) -> ModelProto:
-    """The network with the weights of the file put back, to compare with the original."""
+    """The network with the weights of the file put back, to compare with the original; ExportError if they are other ones."""
     model = ModelProto()
     model.CopyFrom(network.model)
     stored = load(data)
     for layer in network.layers:
-        _put_back(model, model.graph.node[layer.at], layer.name, stored[layer.name])
+        weights = stored[layer.name]
+        require_equal(f"{layer.name}.weight", weights.weight(), layer.weight)
+        require_equal(f"{layer.name}.bias", weights.bias, layer.bias)
+        _put_back(model, model.graph.node[layer.at], layer.name, weights)
     return model
 
 
@@ -154,9 +158,9 @@ def _put_back(model: ModelProto, node: NodeProto, name: str, weights: Weights) -
     if node.op_type == "MatMul":
         original = next(t for t in model.graph.initializer if t.name == node.input[1])
         weight = np.ascontiguousarray(weight.T).reshape(tuple(original.dims))
-    arrays = {f"{name}.stored.weight": weight}
+    arrays = {f"{name}.weight.stored": weight}
     if node.op_type != "MatMul" and weights.bias is not None:
-        arrays[f"{name}.stored.bias"] = weights.bias
+        arrays[f"{name}.bias.stored"] = weights.bias
     node.input[1 : 1 + len(arrays)] = list(arrays)
     if node.op_type == "Gemm":  # the stored weight is transposed and scaled already
         replaced = {"transB", "alpha", "beta"} if weights.bias is not None else {"transB", "alpha"}

@@ -6,14 +6,15 @@ The operators and their function bodies are specified in `ticketkit.lower.operat
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
-import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ticketkit import __version__
 from ticketkit.errors import ExportError
+from ticketkit.exporters._check import require_equal
 from ticketkit.formats import Array, gaps
-from ticketkit.lower import Graph, Network, operators, read
+from ticketkit.lower import Fused, Graph, Network, operators, read
 from ticketkit.lower.reader import DIGEST, digest, opset
 from ticketkit.planner import Plan
 
@@ -37,8 +38,13 @@ def encode(network: Network, plan: Plan) -> bytes:
 
 
 def decode(data: bytes, network: Network) -> ModelProto:
-    """The network the file stands for; checks the file."""
-    return read(data)
+    """The network the file stands for; checks the file, and raises ExportError if its sparse weights are not the network's."""
+    model = read(data)
+    stored = operators.decode(model)
+    layers = {layer.name: layer for layer in network.layers}
+    for node in operators.nodes(model):
+        require_equal(f"{node.name}.weight", stored[node.output[0]].weight(), layers[node.name].weight)
+    return model
 
 
 def finish(model: ModelProto) -> bytes:
@@ -54,43 +60,43 @@ def _sparse(network: Network, names: set[str]) -> ModelProto:
     source = network.model
     fused = {f.absorbed[-1]: f for f in network.fuse(layer for layer in network.layers if layer.name in names)}
     absorbed = {at for f in fused.values() for at in f.absorbed}
-    constants = _Constants({name for node in source.graph.node for name in (*node.input, *node.output)})
-    nodes: list[NodeProto] = []
+    staying = [node for at, node in enumerate(source.graph.node) if at not in absorbed]
+    needed = _reads(staying, source)
+    kept = [tensor for name, tensor in network.graph.constants.items() if name in needed]
+    constants = _Constants(needed | {name for node in source.graph.node for name in node.output})
+    nodes = []
     for at, node in enumerate(source.graph.node):
         if at in fused:
-            layer, epilogue = fused[at].layer, fused[at].epilogue
-            if layer.obstacle or layer.bias is None:
-                raise ExportError(f"{layer.name}: the plan makes it sparse, but it is a {layer.obstacle}; plan the network again")
-            parts = {**gaps.pack(layer.weight), "bias": layer.bias}
-            inputs = [layer.x, *(constants.add(f"{layer.name}.{part}", array) for part, array in parts.items())]
-            op = operators.CONV if layer.op == "Conv" else operators.GEMM
-            nodes.append(
-                operators.make_node(op, inputs, fused[at].output, layer.name, layer.weight.shape, layer.window, epilogue)
-            )
+            nodes.append(_sparse_node(fused[at], constants))
         elif at not in absorbed:
             nodes.append(node)
-    kept = _still_used(network, nodes)
-    graph = helper.make_graph(nodes, source.graph.name, source.graph.input, source.graph.output, [*kept, *constants.tensors])
     variants = sorted({(n.op_type, n.overload) for n in nodes if n.domain == operators.DOMAIN})
-    imports = [*source.opset_import, helper.make_opsetid(operators.DOMAIN, operators.VERSION)]
     model = helper.make_model(
-        graph,
+        helper.make_graph(nodes, source.graph.name, source.graph.input, source.graph.output, [*kept, *constants.tensors]),
         functions=[*source.functions, *(operators.function(op, overload, opset(source)) for op, overload in variants)],
-        opset_imports=imports,
+        opset_imports=[*source.opset_import, helper.make_opsetid(operators.DOMAIN, operators.VERSION)],
         ir_version=max(source.ir_version, operators.IR_VERSION),
     )
     model.metadata_props.extend(source.metadata_props)
-    onnx.checker.check_model(model)
     return model
 
 
-def _still_used(network: Network, nodes: list[NodeProto]) -> list[TensorProto]:
-    """Initializers that the remaining nodes, their subgraphs or the graph outputs read."""
-    rest = onnx.ModelProto()
+def _sparse_node(fused: Fused, constants: _Constants) -> NodeProto:
+    layer = fused.layer
+    if layer.obstacle or layer.bias is None:
+        raise ExportError(f"{layer.name}: the plan makes it sparse, but: {layer.obstacle}; plan the network again")
+    parts = {**gaps.pack(layer.weight), "bias": layer.bias}
+    inputs = [layer.x, *(constants.add(f"{layer.name}.{part}", array) for part, array in parts.items())]
+    op = operators.CONV if layer.op == "Conv" else operators.GEMM
+    return operators.make_node(op, inputs, fused.output, layer.name, layer.weight.shape, layer.window, fused.epilogue)
+
+
+def _reads(nodes: Sequence[NodeProto], source: ModelProto) -> set[str]:
+    """Names that these nodes, their subgraphs or the graph outputs read."""
+    rest = ModelProto()
     rest.graph.node.extend(nodes)
-    rest.graph.output.extend(network.model.graph.output)
-    read_by_rest = Graph(rest).consumers
-    return [tensor for name, tensor in network.graph.constants.items() if name in read_by_rest]
+    rest.graph.output.extend(source.graph.output)
+    return set(Graph(rest).consumers)
 
 
 class _Constants:

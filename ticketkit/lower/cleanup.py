@@ -7,11 +7,12 @@ best judge of what it folds. Folding multiplies weights by a scale per channel, 
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import onnx
 import onnxruntime
-from onnx import ModelProto, NodeProto
+from onnx import GraphProto, ModelProto, NodeProto
 
 from ticketkit.errors import ModelError
 from ticketkit.lower import operators
@@ -73,11 +74,26 @@ def _through_identity(name: str, makers: dict[str, NodeProto]) -> str:
     return name
 
 
+def _rename_weights(graph: GraphProto) -> None:
+    """`NAME.weight` and `NAME.bias` again for the layer NAME, where folding made up other names; shared ones keep theirs."""
+    reads = Counter(name for node in graph.node for name in node.input)
+    taken = {name for node in graph.node for name in (*node.input, *node.output)}
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    for node in (node for node in graph.node if node.op_type in LINEAR):
+        for i, (old, part) in enumerate(zip(node.input[1:], ("weight", "bias"), strict=False), start=1):
+            wanted = f"{node.name}.{part}"
+            if old in tensors and reads[old] == 1 and wanted not in taken:
+                taken.add(wanted)
+                tensors[old].name = wanted
+                node.input[i] = wanted
+
+
 def _tidy(cleaned: ModelProto, model: ModelProto) -> ModelProto:
     """Undo what the optimizer adds: imports nobody uses, an order of initializers that changes from run to run, suffixes of names."""
     graph = cleaned.graph
     for node in graph.node:
         node.name = node.name.removesuffix("/MatMulAddFusion")
+    _rename_weights(graph)
     tensors = sorted(graph.initializer, key=lambda t: t.name)
     del graph.initializer[:], graph.value_info[:]
     graph.initializer.extend(tensors)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import ModelProto, TensorProto, helper, version_converter
 
 from ticketkit.errors import FormatError, ModelError
 from ticketkit.lower import operators
+from ticketkit.lower.graph import dims
 
 OLDEST = 11  # the first opset whose Clip takes its bounds as inputs, which is how activations are recognised
 WORKING = 12  # the first whose Constant takes plain ints, which the function bodies need; older graphs are converted to it
@@ -39,16 +39,14 @@ def read(source: str | os.PathLike[str] | bytes) -> ModelProto:
         _check_opset(model)
         for tensor in model.graph.initializer:
             _check_extent(tensor)
-        onnx.checker.check_model(model)
+        _check_graph(model)
         operators.decode(model)  # raises on a malformed sparse weight
         _check_digest(model)
         return _modern(model)
     except (FormatError, ModelError) as error:
         raise type(error)(f"{where}: {error}") from None
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError, TypeError, RuntimeError) as error:
         raise FormatError(f"{where}: malformed ONNX: {_first_line(error)}") from None
-    except (DecodeError, ValueError, KeyError, OSError) as error:
-        raise FormatError(f"{where}: not a whole ONNX file ({_first_line(error)}); truncated or damaged, copy it again") from None
 
 
 def digest(model: ModelProto) -> str:
@@ -69,14 +67,15 @@ def opset(model: ModelProto) -> int:
 
 
 def _parse(source: str | os.PathLike[str] | bytes) -> ModelProto:
-    if isinstance(source, bytes):
-        return onnx.load_from_string(source)
-    path = Path(source)
-    if not path.exists():
-        raise ModelError("no such file; expected an .onnx file")
-    if path.is_dir():
-        raise ModelError("is a folder; expected an .onnx file")
-    model = onnx.load(path)
+    if not isinstance(source, bytes):
+        if not Path(source).exists():
+            raise ModelError("no such file; expected an .onnx file")
+        if Path(source).is_dir():
+            raise ModelError("is a folder; expected an .onnx file")
+    try:
+        model = onnx.load_from_string(source) if isinstance(source, bytes) else onnx.load(source)
+    except Exception as error:  # protobuf's DecodeError, onnx's own on external data, OSError: all mean that it cannot be read whole
+        raise FormatError(f"not a whole ONNX file ({_first_line(error)}); truncated or damaged, copy it again") from None
     if model.ByteSize() >= 2**31:
         raise ModelError("weights of 2 GiB or more do not fit in one ONNX message; split the model")
     return model
@@ -107,6 +106,15 @@ def _check_extent(tensor: TensorProto) -> None:
             raise FormatError(f"{tensor.name}: expected {claimed} bytes for shape {list(tensor.dims)}, got {len(tensor.raw_data)}")
 
 
+def _check_graph(model: ModelProto) -> None:
+    """The ONNX checker. It insists on output shapes where onnxruntime does not, so missing ones are inferred for it; where even that is
+    impossible, onnxruntime's own checks at load have to do."""
+    if any(dims(output) is None for output in model.graph.output):
+        model = onnx.shape_inference.infer_shapes(model)
+    if all(dims(output) is not None for output in model.graph.output):
+        onnx.checker.check_model(model)
+
+
 def _check_digest(model: ModelProto) -> None:
     for entry in model.metadata_props:
         if entry.key == DIGEST and entry.value != digest(model):
@@ -123,7 +131,13 @@ def _modern(model: ModelProto) -> ModelProto:
     del model.graph.input[:]
     model.graph.input.extend(inputs)
     model.ir_version = max(model.ir_version, 4)
-    return version_converter.convert_version(model, WORKING) if opset(model) < WORKING else model
+    if opset(model) >= WORKING:
+        return model
+    try:
+        return version_converter.convert_version(model, WORKING)
+    except RuntimeError as error:
+        reason = _first_line(error)
+        raise ModelError(f"opset {opset(model)} cannot be converted to {WORKING} ({reason}); export the model with a newer one") from None
 
 
 def _first_line(error: Exception) -> str:

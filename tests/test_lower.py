@@ -1,0 +1,346 @@
+"""Reading, cleaning, finding layers and fusing, on graphs small enough to know the answer."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import oracle
+import pytest
+from graphs import Array, conv_net, graph, node, normal, pruned, run, weights
+from onnx import ModelProto, helper, numpy_helper
+
+from ticketkit.errors import FormatError, ModelError
+from ticketkit.exporters import get
+from ticketkit.lower import lower, operators, read
+from ticketkit.planner import plan
+
+W = pruned((8, 8, 3, 3), 0.8)
+BIAS = normal(8, seed=9)
+PAD = {"pads": [1, 1, 1, 1]}
+X = {"x": ["N", 8, 10, 10]}
+
+
+def everything_sparse(model: ModelProto) -> bytes:
+    """The model with every layer that may be sparse made sparse, whatever the planner thinks of it."""
+    network = lower(read(model.SerializeToString()))
+    free = {layer.name: "csr" for layer in network.layers if not layer.obstacle}
+    return get("onnx").encode(network, plan(network, keep=free))
+
+
+def sparse_nodes(data: bytes) -> list[onnx.NodeProto]:
+    return list(operators.nodes(onnx.load_from_string(data)))
+
+
+# Cleaning -------------------------------------------------------------------------------------------------------------------
+
+
+def test_batch_norm_is_folded_and_zeros_stay_zero() -> None:
+    model = conv_net(0.9)
+    network = lower(read(model.SerializeToString()))
+    assert {n.op_type for n in network.model.graph.node} == {"Conv", "Relu", "Add", "GlobalAveragePool", "Flatten", "Gemm"}
+    before = weights(model)
+    for layer in network.layers[1:-1]:
+        original = before[f"{layer.name}.weight"]
+        np.testing.assert_array_equal(layer.weight == 0, original == 0)
+        scale = before[f"{layer.name}.scale"] / np.sqrt(before[f"{layer.name}.var"] + 1e-5)
+        np.testing.assert_allclose(layer.weight, original * scale[:, None, None, None], rtol=1e-5)
+        assert layer.bias is not None
+        np.testing.assert_allclose(layer.bias, before[f"{layer.name}.shift"] - before[f"{layer.name}.mean"] * scale, rtol=1e-4, atol=1e-6)
+
+
+def test_layers_are_named_after_their_weights() -> None:
+    assert {layer.name for layer in lower(conv_net()).layers} == {"stem", "conv1", "conv2", "down", "head"}
+
+
+def test_weights_through_constants_identities_and_transposes() -> None:
+    constants = {"fc.weight": pruned((6, 8), 0.5), "c.weight": W}
+    nodes = [
+        helper.make_node("Constant", [], ["k"], value=numpy_helper.from_array(W)),
+        node("Identity", "c.weight", "c2"),
+        node("Conv", "x k", "a", **PAD),
+        node("Conv", "a c2", "b", **PAD),
+        node("GlobalAveragePool", "b", "p"),
+        node("Flatten", "p", "f"),
+        node("Transpose", "fc.weight", "fct", perm=[1, 0]),
+        node("MatMul", "f fct", "y"),
+    ]
+    found = lower(read(graph(nodes, X, ["y"], constants).SerializeToString())).layers
+    assert [layer.op for layer in found] == ["Conv", "Conv", "MatMul"]
+    assert [layer.name for layer in found][1:] == ["c", "fc"]
+    for layer, weight in zip(found, (W, W, constants["fc.weight"]), strict=True):
+        np.testing.assert_array_equal(layer.weight, weight)
+
+
+def test_initializers_that_are_also_inputs_are_constants() -> None:
+    model = graph([node("Conv", "x w", "y", **PAD)], X, ["y"], {"w": W})
+    model.graph.input.append(helper.make_tensor_value_info("w", 1, W.shape))
+    read_back = read(model.SerializeToString())
+    assert [i.name for i in read_back.graph.input] == ["x"]
+    assert lower(read_back).layers[0].sparsity == pytest.approx(0.8, abs=0.01)
+
+
+@pytest.mark.parametrize("opset", [11, 12, 13, 15, 17, 18, 21, 24, 26])
+def test_every_opset_computes_the_same_sparse(opset: int) -> None:
+    nodes = [node("Conv", "x w b", "c", **PAD), node("Add", "c x", "s"), node("Clip", "s lo hi", "y")]
+    bounds = {"lo": np.float32(-0.5), "hi": np.float32(0.75)}
+    model = graph(nodes, X, ["y"], {"w": W, "b": BIAS, **bounds}, opset=opset, ir_version=4 if opset == 11 else 8)
+    x = normal(2, 8, 10, 10)
+    expected = oracle.conv2d(x, W, BIAS, x, pads=(1, 1, 1, 1), clip=(-0.5, 0.75))
+    data = everything_sparse(model)
+    (sparse,) = sparse_nodes(data)
+    assert sparse.overload == "AddClip"
+    for library in (False, True):
+        difference = np.abs(run(data, {"x": x}, library)[0] - expected).max()
+        assert difference <= oracle.tolerance(W, x, BIAS, x)
+
+
+def test_cleaning_is_reproducible() -> None:
+    first, second = (lower(conv_net()).model.SerializeToString(deterministic=True) for _ in range(2))
+    assert first == second
+
+
+# Finding layers ---------------------------------------------------------------------------------------------------------------
+
+OBSTACLES = [
+    (node("Conv", "x w", "y", group=8), {"w": pruned((8, 1, 3, 3), 0.5)}, X, "depthwise"),
+    (node("Conv", "x w", "y", group=2), {"w": pruned((8, 4, 3, 3), 0.5)}, X, "grouped convolution"),
+    (node("Conv", "x w", "y"), {"w": pruned((4, 8, 3), 0.5)}, {"x": ["N", 8, 10]}, "1-D convolution"),
+    (node("Conv", "x w", "y"), {"w": pruned((4, 8, 3, 3, 3), 0.5)}, {"x": ["N", 8, 5, 5, 5]}, "3-D convolution"),
+    (node("ConvTranspose", "x w", "y"), {"w": pruned((8, 4, 3, 3), 0.5)}, X, "transposed convolution"),
+    (node("Conv", "x w", "y", auto_pad="SAME_UPPER", strides=[2, 2]), {"w": W}, {"x": ["N", 8, "H", "W"]}, "unknown input size"),
+    (node("Conv", "x w b", "y"), {"w": W}, {**X, "b": [8]}, "bias computed at run time"),
+    (node("Gemm", "x w", "y", transA=1), {"w": pruned((8, 4), 0.5)}, {"x": [8, 3]}, "transposed input"),
+    (node("Gemm", "x w b", "y"), {"w": pruned((8, 4), 0.5), "b": normal(3, 1)}, {"x": [3, 8]}, "one per row"),
+    (node("MatMul", "x w", "y"), {"w": pruned((8, 4), 0.5)}, {"x": ["N", 7, 8]}, "rank 3"),
+    (node("MatMul", "x w", "y"), {"w": pruned((2, 8, 4), 0.5)}, {"x": [2, 7, 8]}, "stacked"),
+]
+
+
+@pytest.mark.parametrize(("layer", "constants", "inputs", "obstacle"), OBSTACLES, ids=[o[-1] for o in OBSTACLES])
+def test_what_no_kernel_takes_stays_dense_and_says_why(
+    layer: onnx.NodeProto, constants: dict[str, Array], inputs: dict[str, list[int | str]], obstacle: str
+) -> None:
+    network = lower(read(graph([layer], inputs, ["y"], constants).SerializeToString()))
+    (found,) = network.layers
+    assert obstacle in found.obstacle
+    (choice,) = plan(network).choices
+    assert choice.format == "dense" and obstacle in choice.reason
+
+
+GEMMS = [
+    (node("Gemm", "x w b", "y", transB=1), {"w": pruned((6, 9), 0.6), "b": normal(6)}),
+    (node("Gemm", "x w b", "y", alpha=0.5, beta=2.0), {"w": pruned((9, 6), 0.6), "b": normal(1, 6)}),
+    (node("Gemm", "x w b", "y"), {"w": pruned((9, 6), 0.6), "b": np.float32(3)}),
+    (node("Gemm", "x w", "y"), {"w": pruned((9, 6), 0.6)}),
+    (node("MatMul", "x w", "y"), {"w": pruned((9, 6), 0.6)}),
+]
+
+
+@pytest.mark.parametrize(("layer", "constants"), GEMMS, ids=["transB", "alpha-beta", "scalar-bias", "no-bias", "MatMul"])
+@pytest.mark.parametrize("tail", ["", "Relu", "Clip"])
+def test_products_in_every_dress(layer: onnx.NodeProto, constants: dict[str, Array], tail: str) -> None:
+    nodes, constants = [layer], dict(constants)
+    if tail:
+        nodes = [onnx.NodeProto(), node(tail, "h lo hi" if tail == "Clip" else "h", "y")]
+        nodes[0].CopyFrom(layer)
+        nodes[0].output[0] = "h"
+        constants |= {"lo": np.float32(-0.25), "hi": np.float32(1)} if tail == "Clip" else {}
+    model, x = graph(nodes, {"x": ["N", 9]}, ["y"], constants), normal(5, 9)
+    data = everything_sparse(model)
+    (sparse,) = sparse_nodes(data)
+    assert (sparse.op_type, sparse.overload, sparse.output[0]) == ("SparseGemm", tail, "y")
+    expected, tolerance = run(model, {"x": x})[0], 2 * oracle.tolerance(constants["w"].reshape(6, -1), x, normal(6) * 4)
+    for library in (False, True):
+        assert np.abs(run(data, {"x": x}, library)[0] - expected).max() <= tolerance
+
+
+def test_matmul_and_add_become_one_product() -> None:
+    nodes = [node("MatMul", "x w", "h"), node("Add", "h b", "a"), node("Relu", "a", "y")]
+    model = graph(nodes, {"x": ["N", 9]}, ["y"], {"w": pruned((9, 6), 0.6), "b": normal(6)})
+    data = everything_sparse(model)
+    assert [n.overload for n in sparse_nodes(data)] == ["Relu"] and len(onnx.load_from_string(data).graph.node) == 1
+
+
+@pytest.mark.parametrize("mode", ["SAME_UPPER", "SAME_LOWER", "VALID", "NOTSET"])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("kernel", [2, 3])
+def test_automatic_padding(mode: str, stride: int, kernel: int) -> None:
+    weight = pruned((4, 8, kernel, kernel), 0.5)
+    model = graph([node("Conv", "x w", "y", auto_pad=mode, strides=[stride, stride], dilations=[1, 1])], X, ["y"], {"w": weight})
+    x = normal(1, 8, 10, 10)
+    expected = run(model, {"x": x})[0]
+    for library in (False, True):
+        got = run(everything_sparse(model), {"x": x}, library)[0]
+        assert got.shape == expected.shape and np.abs(got - expected).max() <= 2 * oracle.tolerance(weight, x)
+
+
+# Fusing -----------------------------------------------------------------------------------------------------------------------
+
+CONV = node("Conv", "x w b", "c", **PAD)
+OTHER = node("Conv", "x w2", "d", **PAD)
+LIMITS = {"lo": np.float32(0), "hi": np.float32(6)}
+# nodes after the convolution `c` -> outputs of the graph -> overload and output name of each sparse node, in order
+FUSIONS = {
+    "alone": ([], "c", [("", "c")]),
+    "relu": ([node("Relu", "c", "y")], "y", [("Relu", "y")]),
+    "clip": ([node("Clip", "c lo hi", "y")], "y", [("Clip", "y")]),
+    "clip without a lower bound": ([node("Clip", "c - hi", "y")], "y", [("Clip", "y")]),
+    "residual on the right": ([node("Add", "c x", "y")], "y", [("Add", "y")]),
+    "residual on the left": ([node("Add", "x c", "y")], "y", [("Add", "y")]),
+    "residual and relu": ([node("Add", "x c", "s"), node("Relu", "s", "y")], "y", [("AddRelu", "y")]),
+    "residual and clip": ([node("Add", "c x", "s"), node("Clip", "s lo hi", "y")], "y", [("AddClip", "y")]),
+    "residual made later": ([node("Sigmoid", "x", "z"), node("Add", "c z", "y")], "y", [("Add", "y")]),
+    "several readers": ([node("Relu", "c", "r"), node("Add", "c r", "y")], "y", [("", "c")]),
+    "also an output": ([node("Relu", "c", "y")], "y c", [("", "c")]),
+    "sum also an output": ([node("Add", "c x", "s"), node("Relu", "s", "y")], "y s", [("Add", "s")]),
+    "added to itself": ([node("Add", "c c", "y")], "y", [("", "c")]),
+    "broadcast residual": ([node("GlobalAveragePool", "x", "z"), node("Add", "c z", "y")], "y", [("", "c")]),
+    "relu before the sum": ([node("Relu", "c", "r"), node("Add", "r x", "y")], "y", [("Relu", "r")]),
+    "two activations": ([node("Relu", "c", "r"), node("Sigmoid", "r", "y")], "y", [("Relu", "r")]),
+    "another activation": ([node("Sigmoid", "c", "y")], "y", [("", "c")]),
+    "layers on both sides": ([OTHER, node("Add", "c d", "s"), node("Relu", "s", "y")], "y", [("", "c"), ("AddRelu", "y")]),
+    "layers on both sides, other order": ([OTHER, node("Add", "d c", "s"), node("Relu", "s", "y")], "y", [("", "c"), ("AddRelu", "y")]),
+    "a chain": ([node("Relu", "c", "r"), node("Conv", "r w2", "e", **PAD), node("Add", "x e", "y")], "y", [("Relu", "r"), ("Add", "y")]),
+    "bounds computed at run time": ([node("ReduceMax", "x", "top", keepdims=0), node("Clip", "c lo top", "y")], "y", [("", "c")]),
+}
+
+
+@pytest.mark.parametrize("case", FUSIONS)
+def test_fusion(case: str) -> None:
+    nodes, outputs, expected = FUSIONS[case]
+    constants = {"w": W, "b": BIAS, "w2": pruned((8, 8, 3, 3), 0.7, seed=5), **LIMITS}
+    model = graph([CONV, *nodes], X, outputs.split(), constants)
+    data = everything_sparse(model)
+    assert [(n.overload, n.output[0]) for n in sparse_nodes(data)] == expected
+    x = normal(2, 8, 10, 10)
+    wanted = run(model, {"x": x})
+    tolerance = 8 * oracle.tolerance(W, x, BIAS, x)
+    for library in (False, True):
+        for got, want in zip(run(data, {"x": x}, library), wanted, strict=True):
+            assert np.abs(got - want).max() <= tolerance
+
+
+def test_fusion_tests_can_fail() -> None:
+    """Negative control: the tolerance above notices a single missing weight."""
+    x, thinned = normal(2, 8, 10, 10), W.copy()
+    thinned.reshape(-1)[np.flatnonzero(W)[7]] = 0
+    first, second = (run(graph([CONV], X, ["c"], {"w": w, "b": BIAS}), {"x": x})[0] for w in (W, thinned))
+    assert np.abs(first - second).max() > 8 * oracle.tolerance(W, x, BIAS, x)
+
+
+def test_a_result_read_by_a_subgraph_is_kept() -> None:
+    branches = [helper.make_graph([node(op, "c", out)], "b", [], [helper.make_tensor_value_info(out, 1, [None] * 4)])
+                for op, out in (("Neg", "n"), ("Abs", "a"))]  # fmt: skip
+    choose = helper.make_node("If", ["bool"], ["y"], then_branch=branches[0], else_branch=branches[1])
+    nodes = [CONV, node("Relu", "c", "r"), node("Cast", "which", "bool", to=onnx.TensorProto.BOOL), choose]
+    model = graph(nodes, {**X, "which": []}, ["r", "y"], {"w": W, "b": BIAS})
+    data = everything_sparse(model)
+    assert [(n.overload, n.output[0]) for n in sparse_nodes(data)] == [("", "c")]
+    feeds = {"x": normal(1, 8, 10, 10), "which": np.ones((), np.float32)}
+    for got, want in zip(run(data, feeds, True), run(model, feeds), strict=True):
+        np.testing.assert_allclose(got, want, atol=oracle.tolerance(W, feeds["x"], BIAS))
+
+
+def test_shared_weights_and_biases_are_stored_once() -> None:
+    nodes = [node("Conv", "x w", "c", **PAD), node("Relu", "c", "r"), node("Conv", "r w", "y", **PAD)]
+    data = everything_sparse(graph(nodes, X, ["y"], {"w": W}))
+    assert len(sparse_nodes(data)) == 2 and len(onnx.load_from_string(data).graph.initializer) == 3
+
+
+# Operators --------------------------------------------------------------------------------------------------------------------
+
+
+def sparse_file() -> ModelProto:
+    nodes = [CONV, node("Add", "c x", "s"), node("Clip", "s lo hi", "y")]
+    return onnx.load_from_string(everything_sparse(graph(nodes, X, ["y"], {"w": W, "b": BIAS, **LIMITS})))
+
+
+def test_expand_restores_the_dense_graph() -> None:
+    model = sparse_file()
+    plain = operators.expand(model)
+    assert [n.op_type for n in plain.graph.node] == ["Conv", "Add", "Clip"] and not plain.functions
+    np.testing.assert_array_equal(weights(plain)[f"{model.graph.node[0].name}.weight"], W)
+    x = normal(1, 8, 10, 10)
+    np.testing.assert_array_equal(run(plain, {"x": x})[0], run(model, {"x": x})[0])
+
+
+def attribute(name: str, value: object) -> object:
+    def change(model: ModelProto) -> None:
+        sparse = model.graph.node[0]
+        kept = [a for a in sparse.attribute if a.name != name]
+        del sparse.attribute[:]
+        sparse.attribute.extend([*kept, *([] if value is None else [helper.make_attribute(name, value)])])
+
+    return change
+
+
+def initializer(ending: str, array: Array) -> object:
+    def change(model: ModelProto) -> None:
+        tensor = next(t for t in model.graph.initializer if t.name.endswith(ending))
+        tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+
+    return change
+
+
+def drop_input(model: ModelProto) -> None:
+    model.graph.node[0].input.pop()
+    model.graph.node[0].input.pop()
+
+
+MALFORMED = [
+    (attribute("weight_shape", [8, 8, 3]), "weight_shape: expected 4"),
+    (attribute("weight_shape", [8, 8, 3, -3]), "weight_shape: expected 4 ints of at least 1"),
+    (attribute("weight_shape", None), "weight_shape: expected 4"),
+    (attribute("weight_shape", "wide"), "weight_shape: expected 4"),
+    (attribute("numel", [7]), r"numel: expected \[576\]"),
+    (attribute("strides", [1]), "strides: expected 2"),
+    (attribute("strides", [0, 1]), "strides: expected 2 ints of at least 1"),
+    (attribute("pads", [1, 1]), "pads: expected 4"),
+    (attribute("pads", [-1, 0, 0, 0]), "pads: expected 4 ints of at least 0"),
+    (attribute("dilations", None), "dilations: expected 2"),
+    (attribute("activation", "Gelu"), "activation: expected None, Relu or Clip"),
+    (attribute("min", None), "min, max: expected two floats"),
+    (attribute("min", 9.0), "min, max: expected two floats"),
+    (initializer("gaps", np.zeros(115, np.uint16)), "gaps: expected positive"),
+    (initializer("gaps", np.full(115, 65535, np.uint16)), "gaps: expected positions below 576"),
+    (initializer("gaps", np.ones(3, np.uint16)), "gaps: expected 115 entries"),
+    (initializer("gaps", np.ones(115, np.int64)), "gaps: expected uint16"),
+    (initializer("values", np.full(115, np.nan, np.float32)), "values: expected finite"),
+    (initializer("values", np.ones((5, 23), np.float32)), "values: expected a 1-D"),
+    (initializer("bias", np.ones(3, np.float32)), r"B: expected float32 \[8\]"),
+    (initializer("bias", np.full(8, np.inf, np.float32)), "B: expected finite"),
+    (drop_input, "inputs: expected X, values, gaps, B"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), MALFORMED, ids=[m for _, m in MALFORMED])
+def test_a_malformed_sparse_node_names_its_field(change: object, message: str) -> None:
+    model = sparse_file()
+    assert len(operators.decode(model)) == 1
+    change(model)  # type: ignore[operator]
+    with pytest.raises(FormatError, match=message):
+        read(model.SerializeToString())
+
+
+def test_a_claim_of_a_billion_weights_is_read_cheaply() -> None:
+    model = sparse_file()
+    attribute("weight_shape", [8, 8, 4000, 4000])(model)  # type: ignore[operator]
+    attribute("numel", [8 * 8 * 4000 * 4000])(model)  # type: ignore[operator]
+    del model.metadata_props[:]
+    assert next(iter(operators.decode(read(model.SerializeToString())).values())).shape == (8, 8, 4000, 4000)
+
+
+# Shapes ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("given", "message"), [([3, 33, 32], "declares"), ([1, 1, 3, 32, 32], "declares"), ([3, 32, 0], "declares")])
+def test_an_input_shape_that_does_not_fit(given: list[int], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        lower(conv_net(), given)
+
+
+def test_free_sides_are_assumed_or_given() -> None:
+    model = graph([CONV], {"x": ["N", 8, "H", "W"]}, ["c"], {"w": W, "b": BIAS})
+    assert lower(model).layers[0].y_shape == (1, 8, 224, 224)
+    assert lower(model, [8, 20, 30]).layers[0].y_shape == (1, 8, 20, 30)
+    assert lower(model, [4, 8, 20, 30]).layers[0].y_shape == (4, 8, 20, 30)

@@ -1,0 +1,128 @@
+"""The Plan: what is chosen and why, its sums by hand, and its life as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from graphs import conv_net, graph, node, pruned
+from rich.console import Console
+
+from ticketkit import formats
+from ticketkit.errors import FormatError
+from ticketkit.lower import Network, lower
+from ticketkit.planner import BREAK_EVEN, COST, DENSE, STORED, Choice, Plan, plan, predict_us, render
+
+SIZE = (64, 64, 3, 3)
+
+
+def one_conv(sparsity: float, size: int = 28, shape: tuple[int, int, int, int] = SIZE, **attributes: Any) -> Network:
+    inputs = {"x": ["N", shape[1] * attributes.get("group", 1), size, size]}
+    return lower(graph([node("Conv", "x c.weight", "y", **attributes)], inputs, ["y"], {"c.weight": pruned(shape, sparsity)}))
+
+
+def choice(network: Network) -> Choice:
+    return plan(network).choices[0]
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.2, 0.44])
+def test_below_break_even_nothing_is_sparse(sparsity: float) -> None:
+    chosen = choice(one_conv(sparsity))
+    assert (chosen.format, chosen.kernel) == (DENSE, "onnxruntime")
+    assert ("no zeros" if sparsity == 0 else f"below {BREAK_EVEN:.0%}") in chosen.reason
+
+
+@pytest.mark.parametrize("sparsity", [0.8, 0.9, 0.98, 1.0])
+def test_large_and_sparse_is_sparse(sparsity: float) -> None:
+    chosen = choice(one_conv(sparsity))
+    assert (chosen.format, chosen.kernel) == ("csr", "conv2d_csr_f32")
+    assert chosen.chosen_us is not None and chosen.dense_us is not None and chosen.chosen_us < chosen.dense_us
+
+
+def test_tiny_layers_stay_dense() -> None:
+    chosen = choice(one_conv(0.9, size=4, shape=(4, 4, 1, 1)))
+    assert chosen.format == DENSE and chosen.reason.startswith("predicted")
+
+
+@pytest.mark.parametrize("attributes", [{"group": 64}, {"group": 4}])
+def test_groups_stay_dense_however_sparse(attributes: dict[str, int]) -> None:
+    chosen = choice(one_conv(0.95, shape=(64, 64 // attributes["group"], 3, 3), **attributes))
+    assert chosen.format == DENSE and ("grouped" in chosen.reason or "depthwise" in chosen.reason)
+
+
+def test_the_cheapest_format_is_chosen() -> None:
+    """At every sparsity the choice is never predicted slower than dense, and sparse time falls with sparsity."""
+    times = []
+    for sparsity in np.linspace(0.45, 1.0, 12):
+        network = one_conv(float(sparsity))
+        chosen = choice(network)
+        times.append(predict_us("csr", network.layers[0]))
+        assert chosen.chosen_us is not None and chosen.dense_us is not None and chosen.chosen_us <= chosen.dense_us
+        assert chosen.chosen_us == predict_us(chosen.format, network.layers[0])
+    assert times == sorted(times, reverse=True)
+
+
+def test_every_compute_format_has_a_cost_and_a_place_in_files() -> None:
+    assert set(COST) == set(formats.names("compute")) == set(STORED)
+
+
+def test_an_unknown_size_is_said() -> None:
+    nodes = [node("NonZero", "x", "i"), node("Cast", "i", "f", to=1), node("Unsqueeze", "f axes", "u"), node("Conv", "u c.weight", "y")]
+    constants = {"c.weight": pruned((8, 4, 1, 1), 0.9), "axes": np.array([0, 1], np.int64)}
+    chosen = choice(lower(graph(nodes, {"x": [2, 3, 4, 5]}, ["y"], constants)))
+    assert chosen.format == DENSE and chosen.flops_left is None and "give the input shape" in chosen.reason
+
+
+def test_sums_by_hand() -> None:
+    """conv_net has 32 channels: stem 3x3, conv1 3x3, conv2 3x3/2, down 1x1/2, head 64 -> 10; 32x32 pixels in, 16x16 after stride 2."""
+    made = plan(lower(conv_net(0.75)))
+    sizes = {"stem": 32 * 27, "conv1": 32 * 288, "conv2": 64 * 288, "down": 64 * 32, "head": 640}
+    uses = {"stem": 1024, "conv1": 1024, "conv2": 256, "down": 256, "head": 1}
+    for c in made.choices:
+        kept = sizes[c.name] // (4 if c.name in ("conv1", "conv2", "down") else 1)
+        assert (c.nnz, c.flops_dense, c.flops_left) == (kept, 2 * sizes[c.name] * uses[c.name], 2 * kept * uses[c.name])
+    prunable = sizes["conv1"] + sizes["conv2"] + sizes["down"]
+    assert made.prunable_sparsity == pytest.approx(0.75)
+    parameters = sum(sizes.values()) + 32 + 32 + 64 + 64 + 10
+    assert made.parameters == parameters and made.model_sparsity == pytest.approx(0.75 * prunable / parameters)
+    totals = made.totals()
+    assert totals["flops_dense"] == sum(2 * sizes[k] * uses[k] for k in sizes)
+    assert totals["weight_bytes_dense"] == 4 * sum(sizes.values())
+    sparse = {c.name for c in made.sparse}
+    assert totals["weight_bytes_stored"] == sum(6 * n // 4 if name in sparse else 4 * n for name, n in sizes.items())
+
+
+def test_flops_follow_the_input() -> None:
+    model = graph([node("Conv", "x c.weight", "y")], {"x": ["N", 64, "H", "W"]}, ["y"], {"c.weight": pruned((8, 64, 1, 1), 0.5)})
+    small, large, pair = (plan(lower(model, shape)).flops[0] for shape in ([64, 8, 8], [64, 16, 16], [2, 64, 8, 8]))
+    assert (small, large, pair) == (2 * 512 * 64, 4 * small, 2 * small)
+
+
+def test_a_plan_is_frozen_json_and_hashed() -> None:
+    made = plan(lower(conv_net()))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.choices[0].format = "csr"  # type: ignore[misc]
+    back = Plan.from_dict(json.loads(json.dumps(made.to_dict())))
+    assert back == made and back.sha256 == made.sha256
+    assert plan(lower(conv_net(0.8))).sha256 != made.sha256
+    with pytest.raises(FormatError, match="not a plan"):
+        Plan.from_dict({"choices": [{"name": "conv1"}]})
+
+
+def test_a_plan_prints_every_layer_and_its_reason() -> None:
+    made = plan(lower(conv_net()))
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(render(made))
+    for text in (str(made), console.export_text()):
+        for c in made.choices:
+            assert c.name in text and c.reason in text and c.kernel in text
+
+
+def test_stored_formats_are_kept() -> None:
+    network = lower(conv_net(0.3))
+    kept = plan(network, keep={"conv1": "csr"})
+    assert [c.name for c in kept.sparse] == ["conv1"] and {c.reason for c in kept.choices} == {"as stored in the file"}
