@@ -88,6 +88,7 @@ def test_every_task_loads_and_trains_two_steps(name: str, tmp_path: Path, monkey
     whole = len(data.train) + len(data.val)
     assert len(data.val) == max(1, round(whole / 10)) and len(data.test) > 0
     batches = Batches(task, data.train, batch_size=4)
+    torch.manual_seed(0)
     module = models.build("resnet20", len(data.classes))
     optimizer = torch.optim.SGD(module.parameters(), lr=0.01)
     for _, (images, labels) in zip(range(2), batches.epoch(0, 0, 0), strict=False):
@@ -98,7 +99,7 @@ def test_every_task_loads_and_trains_two_steps(name: str, tmp_path: Path, monkey
         optimizer.step()
         assert torch.isfinite(loss) and logits.shape == (4, len(data.classes))
     score, loss_value = supervised.evaluate(module, evaluation_batches(task, data.val), len(data.classes))
-    assert 0.0 <= score <= 1.0 and loss_value > 0.0 and module.training
+    assert 0.0 <= score <= 1.0 and 0.0 <= loss_value < float("inf") and module.training
 
 
 @pytest.mark.parametrize("name", [name for name in tasks.names() if name != "digits"])
