@@ -5,11 +5,11 @@ import io
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from itertools import groupby
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import psutil
 import pytest
+from graphs import conv_net
 from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
@@ -24,6 +25,7 @@ from ticketkit.bench import engines, rows, table, timing
 from ticketkit.bench.process import Worker
 from ticketkit.bench.subject import Subject, make_feeds
 from ticketkit.errors import DataError, FormatError, ModelError, TicketkitError
+from ticketkit.exporters import export
 
 FAKES = Path(__file__).parent / "fake_engines"
 QUICK = timing.Protocol(rounds=2, seconds=0, warmup=0, settle=1, least=3, timeout=60)
@@ -106,12 +108,11 @@ def test_listing_engines_imports_none_of_them(module):
 
 
 @pytest.mark.parametrize("name", usable_names())
-@pytest.mark.parametrize("batch", [1, 3])
-def test_every_usable_engine_gives_a_complete_row(model, name, batch):
-    report = timing.measure(model, engines.require(["onnxruntime", name]), 2, batch, QUICK)
+def test_every_usable_engine_gives_a_complete_row(model, name):
+    report = timing.measure(model, engines.require(["onnxruntime", name]), 2, 3, QUICK)
     assert not report.failures
     row = {r.engine: r for r in report.rows}[name]
-    assert (row.batch, row.threads, row.n, len(row.rounds_p50_ms)) == (batch, 2, 6, 2)
+    assert (row.batch, row.threads, row.n, len(row.rounds_p50_ms)) == (3, 2, 6, 2)
     assert 0 < row.min_ms <= row.p50_ms <= row.p90_ms <= row.p99_ms
     assert row.min_ms <= row.mean_ms
     assert row.sparsity_prunable == pytest.approx(0.9, abs=1e-3)
@@ -126,6 +127,49 @@ def test_every_usable_engine_gives_a_complete_row(model, name, batch):
     empty = [k for k, v in dataclasses.asdict(row).items() if v in ("", None) and k != "commit"]
     assert not empty
     assert json.loads(row.to_json()) == dataclasses.asdict(row)
+
+
+def test_an_exported_file_is_benched_against_the_same_network_in_plain_onnx(tmp_path):
+    if "ticketkit" not in usable_names():
+        pytest.skip("no native library")
+    original, exported = conv_net(0.95), tmp_path / "sparse.onnx"
+    export(original, exported)
+    report = timing.measure(exported, engines.usable()[0], protocol=QUICK)
+    assert not report.failures
+    found = {row.engine: row for row in report.rows}
+    assert found["ticketkit"].sparse_layers > 0
+    assert found["ticketkit"].file_bytes == exported.stat().st_size
+    for name, row in found.items():
+        assert row.max_abs_diff < 1e-4 * row.max_abs_output
+        if name != "ticketkit":
+            assert row.sparse_layers == 0
+            assert row.file_bytes > found["ticketkit"].file_bytes
+    plain = timing.measure(save(original, tmp_path / "plain.onnx"), engines.require(["ticketkit"]), protocol=QUICK).rows[0]
+    assert plain.sparse_layers == found["ticketkit"].sparse_layers  # exported in memory, the same layers
+    assert plain.sparsity_prunable == pytest.approx(found["ticketkit"].sparsity_prunable)
+    assert plain.flops_left == found["ticketkit"].flops_left
+
+
+def save(model, path):
+    onnx.save(model, str(path))
+    return path
+
+
+@pytest.mark.parametrize("engine", ["ticketkit", "onnxruntime"])
+def test_the_script_of_the_benchmarks_folder(tmp_path, monkeypatch, engine):
+    if engine not in usable_names():
+        pytest.skip("no native library")
+    file = Path(__file__).resolve().parents[1] / "benchmarks" / "models.py"
+    spec = spec_from_file_location("benchmark_models", file)
+    script = module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "resnet50", lambda sparsity, image: conv_net(sparsity["layer1.0.conv1"]))
+    places = ["--files", str(tmp_path), "--results", str(tmp_path / "results" / "rows.jsonl")]
+    quick = ["--rounds", "1", "--seconds", "0", "--setting", "b1t1", "b16t2"]
+    assert script.main(["--model", "uniform-90.00", "--engine", engine, *quick, *places]) == 0
+    found = [json.loads(line) for line in (tmp_path / "results" / "rows.jsonl").read_text().splitlines()]
+    assert [(row["engine"], row["batch"], row["threads"]) for row in found] == [(engine, 1, 1), (engine, 16, 2)]
+    assert {row["model"] for row in found} == {"resnet50-uniform-90.00-224px.onnx"}
 
 
 # --- the protocol ---
@@ -240,16 +284,20 @@ def test_suspended_workers_die_with_a_killed_parent(fake):
         "time.sleep(600)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment) as p:
-        workers = [psutil.Process(int(p.stdout.readline())) for _ in range(2)]
-        assert {w.status() for w in workers} == {psutil.STATUS_STOPPED}
-        os.kill(p.pid, signal.SIGKILL)
-    deadline = time.monotonic() + 30
-    alive = workers
-    while alive and time.monotonic() < deadline:
-        alive = [w for w in alive if w.is_running() and w.status() != psutil.STATUS_ZOMBIE]
-        time.sleep(0.05)
-    assert not alive
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        try:
+            workers = [psutil.Process(int(parent.stdout.readline())) for _ in range(2)]
+            assert eventually(lambda: all(w.status() == psutil.STATUS_STOPPED for w in workers))
+        finally:
+            parent.kill()
+    assert eventually(lambda: not any(w.is_running() and w.status() != psutil.STATUS_ZOMBIE for w in workers))
+
+
+def eventually(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not (met := condition()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return met
 
 
 def test_ctrl_c_keeps_what_was_measured(model, fake):

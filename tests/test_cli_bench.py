@@ -6,11 +6,10 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
-from test_bench import save_model
+from test_bench import eventually, save_model
 
 QUICK = ("--rounds", "1", "--seconds", "0")
 
@@ -107,21 +106,14 @@ def workers_of(pid):
     return [p for p in children if "ticketkit.bench.worker" in " ".join(p.cmdline())]
 
 
-def wait_for(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-    return found
-
-
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_ctrl_c_prints_what_was_measured(model, tmp_path):
-    """Three seconds of warm-up per engine leave no doubt; the interrupt comes once the rounds have begun."""
+    """The interrupt comes once the rounds have begun, and before they can end."""
     arguments = command(model, "-e", "onnxruntime", "--rounds", 10**6, "--seconds", 0.01, "--json", "-")
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as bench:
-        (worker,) = wait_for(lambda: workers_of(bench.pid))
-        wait_for(lambda: worker.cpu_times().user > 3)  # past import, load and one second of warm-up
+        assert eventually(lambda: workers_of(bench.pid))
+        (worker,) = workers_of(bench.pid)
+        assert eventually(lambda: worker.cpu_times().user > 3)  # past import, load and one second of warm-up
         bench.send_signal(signal.SIGINT)
         stdout, stderr = bench.communicate(timeout=60)
     assert bench.returncode == 130
@@ -136,8 +128,9 @@ def test_ctrl_c_prints_what_was_measured(model, tmp_path):
 def test_a_killed_engine_is_named_and_the_other_is_printed(model):
     arguments = command(model, "-e", "onnxruntime", "-e", "ticketkit", "--rounds", 60, "--seconds", 0.05, "--json", "-")
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as bench:
-        victim = wait_for(lambda: [p for p in workers_of(bench.pid) if "engines.ticketkit" in " ".join(p.cmdline())])[0]
-        wait_for(lambda: victim.status() == psutil.STATUS_STOPPED)  # it has loaded the model and rests
+        assert eventually(lambda: len(workers_of(bench.pid)) == 2)
+        (victim,) = [p for p in workers_of(bench.pid) if "engines.ticketkit" in " ".join(p.cmdline())]
+        assert eventually(lambda: victim.status() == psutil.STATUS_STOPPED)  # it has loaded the model and rests
         victim.kill()
         stdout, stderr = bench.communicate(timeout=120)
     assert bench.returncode == 1

@@ -55,7 +55,8 @@ def weights(subject: Subject) -> str:
 def progress(what: str) -> Iterator[timing.Progress]:
     """A progress line on stderr for `timing.measure`, gone when done."""
     columns = (SpinnerColumn(), TextColumn(what), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total, now: bar.update(task, completed=done, total=total, description=now)
 
