@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes as c
 import functools
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -226,7 +227,7 @@ class Layer:
         args = _Args(batch, x.ctypes.data, None if bias is None else bias.ctypes.data,
                      None if residual is None else residual.ctypes.data, y.ctypes.data, minimum, maximum)  # fmt: skip
         edges = [0, *sorted(cuts), self.parts(batch)]
-        for begin, end in zip(edges, edges[1:], strict=False):
+        for begin, end in itertools.pairwise(edges):
             _check(_library().tk_run(self.packed.ctypes.data, c.byref(args), begin, end, scratch.ctypes.data), "run")
         return y
 
