@@ -152,8 +152,8 @@ tk_status plan_gemm(const tk_csr& w, int32_t isa, Packed* p) {
 tk_status lay_out(int64_t nnz, Packed* p) {
   if (nnz < 0 || nnz > INT32_MAX || p->blocks > (int64_t{1} << 40) / (p->rows + 1)) return TK_TOO_LARGE;
   p->strips_at = round_up(sizeof(Packed), TK_ALIGNMENT);
-  p->rows_at = round_up(p->strips_at + p->strip_count * int64_t{sizeof(Strip)}, TK_ALIGNMENT);
-  p->entries_at = round_up(p->rows_at + p->blocks * (p->rows + 1) * int64_t{sizeof(Row)}, TK_ALIGNMENT);
+  p->row_ptr_at = round_up(p->strips_at + p->strip_count * int64_t{sizeof(Strip)}, TK_ALIGNMENT);
+  p->entries_at = round_up(p->row_ptr_at + p->blocks * (p->rows + 1) * int64_t{sizeof(uint32_t)}, TK_ALIGNMENT);
   p->total_bytes = round_up(p->entries_at + nnz * int64_t{sizeof(Entry)}, TK_ALIGNMENT);
   return TK_OK;
 }
@@ -165,47 +165,30 @@ T* mutable_at(void* packed, int64_t offset) {
   return reinterpret_cast<T*>(static_cast<char*>(packed) + offset);
 }
 
-// The first entry of row m at or behind a column.
-int64_t first_entry(const tk_csr& w, int64_t m, int64_t column) {
-  int64_t low = w.row_ptr[m], high = w.row_ptr[m + 1];
-  while (low < high) {
-    const int64_t middle = low + (high - low) / 2;
-    if (w.col_indices[middle] < column) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
-
-// Copies the non-zeros block by block, group by group, rows in the order of `Row`; offset(column) says where a column's input starts
-// within its block.
+// Copies the non-zeros block by block, rows in order; offset(column) says where a column's input starts within its block.
 template <class Offset>
 void write_entries(const tk_csr& w, int64_t columns_per_channel, const Packed& p, void* packed, Offset offset) {
-  struct Span {
-    int64_t row, begin, end;
-  };
-  Row* to = mutable_at<Row>(packed, p.rows_at);
+  uint32_t* row_ptr = mutable_at<uint32_t>(packed, p.row_ptr_at);
   Entry* const entries = mutable_at<Entry>(packed, p.entries_at);
   uint32_t count = 0;
   for (int64_t block = 0; block < p.blocks; ++block) {
     const int64_t begin = p.block_begin(block) * columns_per_channel, end = begin + p.block_channels * columns_per_channel;
-    for (int64_t group = 0; group < w.rows; group += kGroupRows) {
-      const int64_t size = kGroupRows < w.rows - group ? kGroupRows : w.rows - group;
-      Span spans[kGroupRows];
-      for (int64_t i = 0; i < size; ++i) {
-        const Span span = {group + i, first_entry(w, group + i, begin), first_entry(w, group + i, end)};
-        int64_t at = i;  // insertion sort, stable
-        for (; at > 0 && spans[at - 1].end - spans[at - 1].begin > span.end - span.begin; --at) spans[at] = spans[at - 1];
-        spans[at] = span;
+    for (int64_t m = 0; m < w.rows; ++m) {
+      *row_ptr++ = count;
+      int64_t low = w.row_ptr[m], high = w.row_ptr[m + 1];  // first entry at or behind `begin`
+      while (low < high) {
+        const int64_t middle = low + (high - low) / 2;
+        if (w.col_indices[middle] < begin) {
+          low = middle + 1;
+        } else {
+          high = middle;
+        }
       }
-      for (int64_t i = 0; i < size; ++i) {
-        *to++ = {static_cast<uint32_t>(spans[i].row), count};
-        for (int64_t k = spans[i].begin; k < spans[i].end; ++k) entries[count++] = {w.values[k], i32(offset(w.col_indices[k] - begin))};
+      for (int64_t i = low; i < w.row_ptr[m + 1] && w.col_indices[i] < end; ++i) {
+        entries[count++] = {w.values[i], static_cast<int32_t>(offset(w.col_indices[i] - begin))};
       }
     }
-    *to++ = {0, count};
+    *row_ptr++ = count;
   }
 }
 

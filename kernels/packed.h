@@ -24,13 +24,6 @@ struct Entry {
   int32_t offset_bytes;
 };
 
-// A row of one block: the output channel and its first entry. Within a group of kGroupRows rows they stand by rising number of entries, so
-// that the inner loop's length changes seldom and the processor predicts its end.
-struct Row {
-  uint32_t index;
-  uint32_t begin;  // it ends where the next row begins
-};
-
 // A strip is one channel's pixels as one kernel column (and one stride phase of rows) sees them, flattened over the tile:
 // strip[i] = x[stride_h*(oh + row_min) + phase - pad_top, stride_w*ow + column*dilation_w - pad_left] with (oh, ow) the i-th pixel after
 // the tile's first, zero outside the image. Every tap of that column and phase is then a constant offset into the strip.
@@ -57,19 +50,19 @@ struct Packed {
   int64_t channel_floats;  // floats of one channel's strips (conv2d) or of one column (gemm)
   int32_t direct;          // 1: no strips, entries point into x itself (1x1, stride 1, unpadded, whole vectors)
   int32_t strip_count;
-  int64_t strips_at, rows_at, entries_at;  // byte offsets of Strip[strip_count], Row[blocks][rows + 1], Entry[nnz]
+  int64_t strips_at, row_ptr_at, entries_at;  // byte offsets of Strip[strip_count], uint32_t[blocks][rows + 1], Entry[nnz]
 
   template <class T>
   const T* at(int64_t offset) const {
     return reinterpret_cast<const T*>(reinterpret_cast<const char*>(this) + offset);
   }
   const Strip* strips() const { return at<Strip>(strips_at); }
-  const Row* block_rows(int64_t block) const { return at<Row>(rows_at) + block * (rows + 1); }
+  const uint32_t* row_ptr(int64_t block) const { return at<uint32_t>(row_ptr_at) + block * (rows + 1); }
   const Entry* entries() const { return at<Entry>(entries_at); }
   int64_t block_begin(int64_t block) const { return block * block_channels; }
 };
 
-constexpr int64_t kGroupRows = 64;
+constexpr int64_t kGroupRows = 16;
 
 using RunFn = void (*)(const Packed&, const tk_args&, int64_t, int64_t, float*);
 

@@ -86,7 +86,7 @@ static void conv2d_csr_f32(const Packed& p, const tk_args& a, int64_t part_begin
         fill_block(p, image, begin, end, first_pixel, workspace);
         t.x = workspace;
       }
-      t.rows = p.block_rows(block);
+      t.row_ptr = p.row_ptr(block);
       t.first = block == 0;
       t.last = block == p.blocks - 1;
       rows(vectors, t);

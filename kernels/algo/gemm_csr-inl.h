@@ -14,15 +14,14 @@ static float dot(const Entry* e, const Entry* end, const float* x) {
 
 static void gemm_row(const Packed& p, const tk_args& a, int64_t n, int64_t row_begin, int64_t row_end) {
   const float* const x = a.x + n * p.cols;
-  float* const y = a.y + n * p.rows;
-  const float* const residual = a.residual ? a.residual + n * p.rows : nullptr;
-  for (int64_t m = row_begin; m < row_end; ++m) y[m] = (a.bias ? a.bias[m] : 0.0f) + (residual ? residual[m] : 0.0f);
-  for (int64_t block = 0; block < p.blocks; ++block) {
-    for (const Row* row = p.block_rows(block) + row_begin; row < p.block_rows(block) + row_end; ++row) {
-      y[row->index] += dot(p.entries() + row[0].begin, p.entries() + row[1].begin, x + p.block_begin(block));
+  for (int64_t m = row_begin; m < row_end; ++m) {
+    float sum = (a.bias ? a.bias[m] : 0.0f) + (a.residual ? a.residual[n * p.rows + m] : 0.0f);
+    for (int64_t block = 0; block < p.blocks; ++block) {
+      const uint32_t* const row_ptr = p.row_ptr(block);
+      sum += dot(p.entries() + row_ptr[m], p.entries() + row_ptr[m + 1], x + p.block_begin(block));
     }
+    a.y[n * p.rows + m] = clip(sum, a.min, a.max);
   }
-  for (int64_t m = row_begin; m < row_end; ++m) y[m] = clip(y[m], a.min, a.max);
 }
 
 // Batch rows [n, n + count) and outputs [row_begin, row_end); workspace: x transposed [block_channels][tile], then y transposed
@@ -57,7 +56,7 @@ static void gemm_tile(const Packed& p, const tk_args& a, int64_t n, int64_t coun
       for (int64_t i = 0; i < count; ++i) column[i] = a.x[(n + i) * p.cols + k];
       zero(column + count, vectors * Vec::kLanes - count);
     }
-    t.rows = p.block_rows(block);
+    t.row_ptr = p.row_ptr(block);
     t.first = block == 0;
     t.last = block == p.blocks - 1;
     rows(vectors, t);

@@ -3,12 +3,12 @@
 
 struct Tile {
   const Entry* entries;
-  const Row* rows;        // of this block
-  const float* x;         // the block's input
-  float* y;               // row 0 of the tile's output
-  const float* residual;  // row 0, or null
-  const float* bias;      // [rows] or null
-  int64_t y_stride;       // floats from row to row, of y and of residual
+  const uint32_t* row_ptr;  // of this block: row m is entries[row_ptr[m] … row_ptr[m + 1])
+  const float* x;           // the block's input
+  float* y;                 // row 0 of the tile's output
+  const float* residual;    // row 0, or null
+  const float* bias;        // [rows] or null
+  int64_t y_stride;         // floats from row to row, of y and of residual
   int64_t row_begin, row_end;
   int32_t last_lanes;  // lanes of the last vector that are inside the output, 1 … Vec::kLanes
   bool first, last;    // first block: start from bias + residual; last block: clip
@@ -39,11 +39,10 @@ constexpr int chains(int vectors) { return vectors >= 6 ? 1 : vectors >= 3 ? 2 :
 template <int V>
 static void rows_of(const Tile& t) {
   constexpr int kChains = chains(V);
-  for (const Row* row = t.rows + t.row_begin; row < t.rows + t.row_end; ++row) {
-    const Entry* e = t.entries + row[0].begin;
-    const Entry* const end = t.entries + row[1].begin;
+  for (int64_t m = t.row_begin; m < t.row_end; ++m) {
+    const Entry* e = t.entries + t.row_ptr[m];
+    const Entry* const end = t.entries + t.row_ptr[m + 1];
     if (e == end && !t.first && !t.last) continue;
-    const int64_t m = row->index;
     float* const y = t.y + m * t.y_stride;
     Vec acc[V];
     if (t.first) {
