@@ -9,7 +9,7 @@ namespace {
 
 constexpr int64_t kMaxDim = int64_t{1} << 24;  // of images, windows, strides, paddings: keeps every product in 64 bits
 constexpr int64_t kMaxOffset = INT32_MAX;      // entries hold 32-bit byte offsets
-constexpr int64_t kBlockBytes = 24 * 1024;     // strips of one block: most of a 32 KB L1, output rows get the rest
+constexpr int64_t kBlockBytes = 40 * 1024;     // strips of one block: measured best, a little over L1 (kernels/README.md)
 constexpr int64_t kGemmBlock = 512;            // columns of one gemm block
 constexpr int64_t kMaxStrips = 1 << 16;
 
@@ -101,7 +101,7 @@ void plan_blocks(const tk_tuning* tuning, int64_t bytes_per_channel, int64_t cha
 tk_status plan_conv2d(const tk_conv2d& s, const tk_csr& w, int32_t isa, const tk_tuning* tuning, Packed* p) {
   const tk_status bad = check_shape(s, w);
   if (bad != TK_OK) return bad;
-  if (tuning && (!within(tuning->strips, 0, 2) || tuning->block_channels < 0)) return TK_BAD_ARGUMENT;
+  if (tuning && tuning->block_channels < 0) return TK_BAD_ARGUMENT;
   const int64_t lanes = tk_isa_lanes(isa);
   *p = Packed{};
   p->magic = kMagic;
@@ -116,18 +116,9 @@ tk_status plan_conv2d(const tk_conv2d& s, const tk_csr& w, int32_t isa, const tk
   tk_status status = plan_cuts(tuning, lanes, p);
   if (status != TK_OK) return status;
 
-  const bool pointwise = s.kernel_h * s.kernel_w * s.stride_h * s.stride_w == 1 && s.pad_top + s.pad_left + s.pad_bottom + s.pad_right == 0;
-  const bool can_be_direct = pointwise && p->out_h * p->out_w % lanes == 0;
-  if (tuning && tuning->strips == 2 && !can_be_direct) return TK_BAD_ARGUMENT;
-  p->direct = can_be_direct && !(tuning && tuning->strips == 1);
-  const int64_t tile_floats = p->tile_vectors * lanes;
-  if (p->direct) {
-    p->channel_floats = p->out_h * p->out_w;
-  } else {
-    status = plan_strips(s, tile_floats, lanes, p, nullptr);
-    if (status != TK_OK) return status;
-  }
-  plan_blocks(tuning, 4 * (p->direct ? tile_floats : p->channel_floats), s.in_channels, p);
+  status = plan_strips(s, p->tile_vectors * lanes, lanes, p, nullptr);
+  if (status != TK_OK) return status;
+  plan_blocks(tuning, 4 * p->channel_floats, s.in_channels, p);
   return p->block_channels > kMaxOffset / 4 / p->channel_floats ? TK_TOO_LARGE : TK_OK;
 }
 
@@ -264,17 +255,14 @@ tk_status tk_conv2d_csr_pack(const tk_conv2d* shape, const tk_csr* w, int32_t is
   *static_cast<Packed*>(packed) = p;
   const tk_conv2d& s = *shape;
   Strip* const strips = mutable_at<Strip>(packed, p.strips_at);
-  if (!p.direct) plan_strips(s, int64_t{p.tile_vectors} * p.lanes, p.lanes, &p, strips);
+  plan_strips(s, int64_t{p.tile_vectors} * p.lanes, p.lanes, &p, strips);
 
   const int64_t taps = s.kernel_h * s.kernel_w;
   const RowPhases rows(s);
   write_entries(*w, taps, p, packed, [&](int64_t column) {
-    int64_t floats = column / taps * p.channel_floats;
-    if (!p.direct) {
-      const int64_t i = column % taps / s.kernel_w, j = column % s.kernel_w;
-      floats += strips[j * rows.count + i % rows.period].offset + (rows.shift(i) - rows.shift(i % rows.period)) * p.out_w;
-    }
-    return floats * 4;
+    const int64_t i = column % taps / s.kernel_w, j = column % s.kernel_w;
+    const int64_t row_shift = rows.shift(i) - rows.shift(i % rows.period);
+    return 4 * (column / taps * p.channel_floats + strips[j * rows.count + i % rows.period].offset + row_shift * p.out_w);
   });
   return TK_OK;
 }
@@ -312,8 +300,8 @@ int64_t tk_parts(const void* packed, int64_t batch) {
 
 size_t tk_workspace_bytes(const void* packed) {
   const Packed* p = static_cast<const Packed*>(packed);
-  if (!p || p->magic != kMagic || p->direct) return 0;
-  int64_t floats = p->block_channels * p->channel_floats;
+  if (!p || p->magic != kMagic) return 0;
+  int64_t floats = p->block_channels * p->channel_floats + p->lanes;  // a vector to spare: copies may run over
   if (p->kernel == k_gemm_csr_f32) floats += p->rows * p->channel_floats;
   return static_cast<size_t>(round_up(floats * 4, TK_ALIGNMENT));
 }

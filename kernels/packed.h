@@ -48,7 +48,6 @@ struct Packed {
   int64_t blocks;          // blocks of input channels (conv2d) or columns (gemm)
   int64_t block_channels;  // of every block but the last
   int64_t channel_floats;  // floats of one channel's strips (conv2d) or of one column (gemm)
-  int32_t direct;          // 1: no strips, entries point into x itself (1x1, stride 1, unpadded, whole vectors)
   int32_t strip_count;
   int64_t strips_at, row_ptr_at, entries_at;  // byte offsets of Strip[strip_count], uint32_t[blocks][rows + 1], Entry[nnz]
 

@@ -91,7 +91,6 @@ typedef struct tk_conv2d {
 typedef struct tk_tuning {
   int32_t tile_vectors;    // vectors of pixels per tile, 1 … 14
   int32_t block_channels;  // input channels per block
-  int32_t strips;          // 1: copy the input into strips; 2: read it in place (1x1, stride 1, unpadded, whole vectors only)
 } tk_tuning;
 
 // Bytes of the packed buffer, and the packing itself. `tuning` may be null. The packed buffer is position independent and

@@ -36,6 +36,17 @@ static inline void load_row(const float* y, Vec* acc, int32_t last_lanes) {
 // A fused multiply-add takes about 4 cycles and two start per cycle, so narrow tiles run several non-zeros at once.
 constexpr int chains(int vectors) { return vectors >= 6 ? 1 : vectors >= 3 ? 2 : 4; }
 
+// The first block meets output (and residual) rows that are in no cache yet, a plane apart, where no hardware prefetcher follows.
+template <int V>
+static inline void prefetch_row(const Tile& t, int64_t m) {
+  const float* const y = t.y + m * t.y_stride;
+  TK_UNROLL for (int v = 0; v < V * Vec::kLanes; v += 16) __builtin_prefetch(y + v, 1);
+  if (t.residual) {
+    const float* const residual = t.residual + m * t.y_stride;
+    TK_UNROLL for (int v = 0; v < V * Vec::kLanes; v += 16) __builtin_prefetch(residual + v, 0);
+  }
+}
+
 template <int V>
 static void rows_of(const Tile& t) {
   constexpr int kChains = chains(V);
@@ -46,6 +57,7 @@ static void rows_of(const Tile& t) {
     float* const y = t.y + m * t.y_stride;
     Vec acc[V];
     if (t.first) {
+      prefetch_row<V>(t, m + 2);
       const Vec b = Vec::set(t.bias ? t.bias[m] : 0.0f);
       if (t.residual) {
         load_row<V>(t.residual + m * t.y_stride, acc, t.last_lanes);

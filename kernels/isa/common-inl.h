@@ -19,16 +19,13 @@ static inline void zero(float* to, int64_t n) {
   for (; i < n; ++i) to[i] = 0.0f;
 }
 
-// to[i] = from[i * stride] for i in [0, n); reads nothing at or beyond from[(n - 1) * stride + 1].
-static inline void copy_strided(const float* from, int64_t stride, int64_t n, float* to) {
+// to[i] = from[i * stride] for i in [0, n). May write up to Vec::kLanes - 1 floats beyond to[n - 1]; reads nothing at or behind `limit`.
+static inline void copy_strided(const float* from, int64_t stride, int64_t n, float* to, const float* limit) {
   int64_t i = 0;
-  if (stride == 1) {
-    for (; i + Vec::kLanes <= n; i += Vec::kLanes) Vec::load(from + i).store(to + i);
-    if (i < n) Vec::load_first(from + i, static_cast<int32_t>(n - i)).store_first(to + i, static_cast<int32_t>(n - i));
-    return;
-  }
-  if (stride == 2) {
-    for (; i + Vec::kLanes < n; i += Vec::kLanes) Vec::load_even(from + 2 * i).store(to + i);
+  if (stride <= 2) {
+    for (; i < n && stride * (i + Vec::kLanes) <= limit - from; i += Vec::kLanes) {
+      (stride == 1 ? Vec::load(from + i) : Vec::load_even(from + 2 * i)).store(to + i);
+    }
   }
   for (; i < n; ++i) to[i] = from[i * stride];
 }

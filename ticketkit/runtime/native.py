@@ -80,7 +80,7 @@ class _Conv2d(c.Structure):
 
 
 class _Tuning(c.Structure):
-    _fields_ = [("tile_vectors", c.c_int32), ("block_channels", c.c_int32), ("strips", c.c_int32)]
+    _fields_ = [("tile_vectors", c.c_int32), ("block_channels", c.c_int32)]
 
 
 class _Args(c.Structure):
@@ -257,12 +257,11 @@ def _isa_index(isa: str | None) -> int:
 
 @dataclass(frozen=True)
 class Tuning:
-    """How a convolution is cut up (`tk_tuning`): vectors of pixels per tile (1 … 14), input channels per block, strips 1 (copy the
-    input) or 2 (read it in place, where possible). 0 leaves the choice to the library."""
+    """How a convolution is cut up (`tk_tuning`): vectors of pixels per tile (1 … 14) and input channels per block; 0 leaves the choice
+    to the library."""
 
     tile_vectors: int = 0
     block_channels: int = 0
-    strips: int = 0
 
 
 def conv2d(shape: ConvShape, parts: Parts, *, isa: str | None = None, tuning: Tuning | None = None) -> Layer:
