@@ -35,6 +35,7 @@ def changed(**fields: object) -> bytes:
 UNREADABLE = {
     "empty": (b"", FormatError, "no nodes"),
     "garbage": (b"\x89PNG\r\n\x1a\n" + bytes(range(256)), FormatError, "not a whole ONNX file"),
+    "not UTF-8": (conv_net().SerializeToString().replace(b"\x12\x04test", b"\x12\x04t\xf4st"), FormatError, "name: expected UTF-8"),
     "truncated": (conv_net().SerializeToString()[:-1000], FormatError, "not a whole ONNX file"),
     "old opset": (changed(opset=10), ModelError, "opset 10: expected 11 to"),
     "new opset": (changed(opset=999), ModelError, "opset 999: expected 11 to"),

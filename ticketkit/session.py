@@ -52,7 +52,10 @@ class InferenceSession:
         """
         if threads is not None and threads < 1:
             raise DataError(f"threads: expected 1 or more, got {threads}")
-        options = onnxruntime.SessionOptions() if sess_options is None else sess_options
+        options = sess_options
+        if options is None:
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level = 4  # whatever goes wrong is raised, and need not be printed as well
         if threads is not None:
             options.intra_op_num_threads = threads
         ort.register(options)

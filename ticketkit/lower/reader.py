@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,6 +19,7 @@ from ticketkit.lower.graph import dims
 
 OLDEST = 11  # the first opset whose Clip takes its bounds as inputs, which is how activations are recognised
 WORKING = 12  # the first whose Constant takes plain ints, which the function bodies need; older graphs are converted to it
+SUB_BYTE = ("INT2", "INT4", "FLOAT4E2M1")  # element types that share bytes
 DIGEST = "ticketkit.sha256"
 
 
@@ -34,6 +37,7 @@ def read(source: str | os.PathLike[str] | bytes) -> ModelProto:
     where = "model" if isinstance(source, bytes) else os.fspath(source)
     try:
         model = _parse(source)
+        _check_text(model)
         if not model.graph.node:
             raise FormatError("not an ONNX model (it has no nodes); truncated, or of another format")
         _check_opset(model)
@@ -81,6 +85,18 @@ def _parse(source: str | os.PathLike[str] | bytes) -> ModelProto:
     return model
 
 
+def _check_text(message: Any) -> None:
+    """Every string of a message must be UTF-8. protobuf hands others out as bytes, and fails much later, when they are written again."""
+    data = isinstance(message, TensorProto)  # a name and much data
+    for field, value in [(message.DESCRIPTOR.fields_by_name["name"], message.name)] if data else message.ListFields():
+        several = value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
+        if field.type == field.TYPE_STRING and not all(isinstance(text, str) for text in several):
+            raise FormatError(f"{field.name}: expected UTF-8 text, got {value!r}; the file is damaged, copy it again")
+        if field.message_type is not None:
+            for inner in several:
+                _check_text(inner)
+
+
 def _check_opset(model: ModelProto) -> None:
     version, newest = opset(model), onnx.defs.onnx_opset_version()
     if not OLDEST <= version <= newest:
@@ -100,7 +116,7 @@ def _check_extent(tensor: TensorProto) -> None:
             itemsize = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type)).itemsize
         except (KeyError, TypeError):
             raise FormatError(f"{tensor.name}: unknown element type {tensor.data_type}") from None
-        packed = tensor.data_type in {TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1}
+        packed = TensorProto.DataType.Name(tensor.data_type).endswith(SUB_BYTE)
         claimed = prod(tensor.dims) * itemsize
         if not packed and claimed != len(tensor.raw_data):
             raise FormatError(f"{tensor.name}: expected {claimed} bytes for shape {list(tensor.dims)}, got {len(tensor.raw_data)}")
