@@ -235,6 +235,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         _stop(str(error), 1)
     except KeyboardInterrupt:
         _stop("interrupted; what was finished is kept", 130)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "ticketkit":
+            raise
+        _stop(f"{error.name} is needed for this and not installed: pip install 'ticketkit[find]' (search, runs, images) or [bench]", 1)
+    except MemoryError:
+        _stop("out of memory; use a smaller batch or model", 1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _stop(f"{where}{error.strerror or error}", 1)
