@@ -1,12 +1,10 @@
 // ONNX Runtime operators ai.ticketkit::SparseConv and ai.ticketkit::SparseGemm (version 1) over the kernels of ticketkit.h.
 //
-//   inputs      X f32, values f32 [nnz], gaps u16 [nnz] (see tk_gaps_decode), B f32 [out], and for SparseConv optionally Z f32, the
-//   residual attributes  weight_shape, activation "None" | "Relu" | "Clip" (with min, max); SparseConv: strides [2], pads [4], dilations
-//   [2]
+//   inputs      X f32, values f32 [nnz], gaps u16 [nnz] (see tk_gaps_decode), B f32 [out], and for SparseConv optionally Z f32, a residual
+//   attributes  weight_shape, activation "None" | "Relu" | "Clip" (with min, max); SparseConv: strides [2], pads [4], dilations [2]
 //
 // values, gaps and B must be initializers. They are validated when the session is made; a layer is packed when it first meets an image
-// size. Work is split over ONNX Runtime's own threads; the session option "ai.ticketkit.threads" says how many there are (default: all
-// cores).
+// size. Work is split over ONNX Runtime's own threads; the session option "ai.ticketkit.threads" says how many (default: one per core).
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
