@@ -12,7 +12,7 @@ pytest.importorskip("torch")
 pytest.importorskip("ticketkit.runtime.native").isas()
 
 from ticketkit import quickstart  # noqa: E402
-from ticketkit.bench import engines, timing  # noqa: E402
+from ticketkit.bench import engines, table, timing  # noqa: E402
 from ticketkit.errors import ModelError, TicketkitError  # noqa: E402
 
 with quickstart.DISTRIBUTIONS.open() as lines:
@@ -39,7 +39,7 @@ def test_the_whole_line(tmp_path, two_engines):
         assert row["sparsity_prunable"] == pytest.approx(0.9, abs=1e-3)
         assert row["baseline"] == "onnxruntime"
         assert row["max_abs_diff"] <= 1e-4 * row["max_abs_output"]
-        assert f"{row['p50_ms']:.3g}" in text
+        assert table.milliseconds(row["p50_ms"]) in text
         assert f"{row['flops_left'] / row['flops_dense']:.1%}" in text
     assert rows[3]["sparse_layers"] > 40
     assert rows[3]["file_bytes"] < rows[2]["file_bytes"] / 3

@@ -35,7 +35,7 @@ class Budget:
     rate: float = 0.44  # 1 - 0.56^4: 90 % after four rounds; the papers prune 20 % a round
     steps: int = 60  # of training, per round; on one thread, since two wait for each other on a shared machine
     image: int = 224  # height and width for ResNet-50
-    protocol: timing.Protocol = field(default_factory=lambda: timing.Protocol(rounds=6, seconds=0.4, warmup=0.4))
+    protocol: timing.Protocol = field(default_factory=lambda: timing.Protocol(rounds=5, seconds=0.4, warmup=0.4))
 
 
 def quickstart(out: Path, budget: Budget, console: Console) -> list[timing.Report]:
@@ -170,7 +170,7 @@ def _conclude(reports: list[timing.Report], notes: list[str], console: Console) 
         facts = [report.subject.path.stem, f"{report.subject.sparsity_prunable or 0:.1%}", f"{left / max(dense, 1):.1%}"]
         for row in sorted(report.rows, key=lambda row: row.p50_ms):
             ratio = "-" if row.speedup is None else f"{row.speedup:.2f}"
-            numbers = [f"{row.p50_ms:.3g}", f"{row.p90_ms:.3g}", ratio, f"{row.file_bytes / 1e6:.3g}"]
+            numbers = [table.milliseconds(row.p50_ms), table.milliseconds(row.p90_ms), ratio, f"{row.file_bytes / 1e6:.3g}"]
             grid.add_row(*facts, row.engine, *numbers, style=None if row.multiplies_zeros else "bold")
             facts = ["", "", ""]
         notes.append(f"{report.subject.path.stem}: sparsity by layer {table.distribution(report.subject.plan)}")

@@ -111,7 +111,7 @@ def _grid(*headings: str) -> Table:
 def _times(row: Row) -> list[str]:
     known = row.speedup is not None and row.speedup_rounds is not None
     ratios = [f"{row.speedup:.2f}", f"{row.speedup_rounds:.2f}"] if known else ["-", "-"]
-    times = [_ms(ms) for ms in (row.min_ms, row.p50_ms, row.p90_ms, row.p99_ms, row.mean_ms, row.std_ms)]
+    times = [milliseconds(ms) for ms in (row.min_ms, row.p50_ms, row.p90_ms, row.p99_ms, row.mean_ms, row.std_ms)]
     return [*times, str(row.n), *ratios]
 
 
@@ -120,7 +120,7 @@ def _costs(row: Row) -> list[str]:
     return ["multiplied" if row.multiplies_zeros else "skipped", f"{row.max_abs_diff:.1e}", *sizes]
 
 
-def _ms(value: float) -> str:
+def milliseconds(value: float) -> str:
     """Three digits, never an exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
