@@ -44,10 +44,10 @@ def model(seed: int = 0) -> onnx.ModelProto:
         nodes, "mutate", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", CHANNELS, SIZE, SIZE])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 4])], initializers,
     )  # fmt: skip
-    variants = [(operators.CONV, "Relu"), (operators.CONV, "AddClip"), (operators.GEMM, "")]
+    used = sorted({node.op_type for node in nodes if node.domain == operators.DOMAIN})
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid(operators.DOMAIN, operators.VERSION)]
     return helper.make_model(
-        graph, functions=[operators.function(*v, 17) for v in variants], opset_imports=opsets, ir_version=operators.IR_VERSION
+        graph, functions=[operators.function(name, 17) for name in used], opset_imports=opsets, ir_version=operators.IR_VERSION
     )
 
 

@@ -54,7 +54,7 @@ def test_the_sparse_kernels_really_run(kind: str, files: dict[str, Path], tmp_pa
     session = InferenceSession(files[kind], options)
     session.run(None, {"x": X})
     events = json.loads(Path(session.end_profiling()).read_text())
-    ran = Counter(event["name"] for event in events if event.get("args", {}).get("op_name") == "SparseConv")
+    ran = Counter(event["name"] for event in events if event.get("args", {}).get("op_name", "").startswith("SparseConv"))
     assert {name.removesuffix("_kernel_time") for name in ran} == {"conv1", "conv2", "down"}
 
 

@@ -1,14 +1,17 @@
-// ONNX Runtime operators ai.ticketkit::SparseConv and ai.ticketkit::SparseGemm (version 1) over the kernels of ticketkit.h.
+// ONNX Runtime operators of domain ai.ticketkit (version 1) over the kernels of ticketkit.h: SparseConv and SparseGemm, each under one
+// name for every function body a file may carry, such as SparseConvAddRelu (kNames).
 //
 //   inputs      X f32, values f32 [nnz], gaps u16 [nnz] (see tk_gaps_decode), B f32 [out], and for SparseConv optionally Z f32, a residual
 //   attributes  weight_shape, activation "None" | "Relu" | "Clip" (with min, max); SparseConv: strides [2], pads [4], dilations [2]
 //
 // values, gaps and B must be initializers. They are validated when the session is made; a layer is packed when it first meets an image
 // size. Work is split over ONNX Runtime's own threads; the session option "ai.ticketkit.threads" says how many (default: one per core).
+#include <array>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <map>
 #include <memory>
@@ -94,6 +97,7 @@ class Job {
 
 struct Operator : CustomOp {
   const Api* api = nullptr;
+  const char* name = nullptr;
   bool is_conv = false;
   int64_t threads = 1;
 };
@@ -262,13 +266,14 @@ std::string name_of(const Api* api, const KernelInfo* info) {
 }
 
 // The operator as the table of callbacks ONNX Runtime wants.
-void describe(Operator* op, const Api* api, bool is_conv, int64_t threads) {
+void describe(Operator* op, const Api* api, const char* name, int64_t threads) {
   static_cast<CustomOp&>(*op) = CustomOp{};
   op->api = api;
-  op->is_conv = is_conv;
+  op->name = name;
+  op->is_conv = std::strncmp(name, "SparseConv", 10) == 0;
   op->threads = threads;
   op->version = kApiVersion;
-  op->get_name = [](const CustomOp* self) { return static_cast<const Operator*>(self)->is_conv ? "SparseConv" : "SparseGemm"; };
+  op->get_name = [](const CustomOp* self) { return static_cast<const Operator*>(self)->name; };
   op->get_execution_provider = [](const CustomOp*) -> const char* { return nullptr; };
   op->get_input_type = [](const CustomOp*, size_t index) { return index == 2 ? kUint16 : kFloat; };
   op->get_input_count = [](const CustomOp* self) -> size_t { return static_cast<const Operator*>(self)->is_conv ? 5 : 4; };
@@ -295,9 +300,14 @@ void describe(Operator* op, const Api* api, bool is_conv, int64_t threads) {
   op->destroy = [](void* kernel) { delete static_cast<Node*>(kernel); };
 }
 
+// A function body is found by the name of its operator alone (onnxruntime before 1.27 ignores overloads), so each body needs its own;
+// the attributes say all of it again, and one kernel serves every name.
+constexpr const char* kNames[] = {"SparseConv",        "SparseConvRelu", "SparseConvClip", "SparseConvAdd", "SparseConvAddRelu",
+                                  "SparseConvAddClip", "SparseGemm",     "SparseGemmRelu", "SparseGemmClip"};
+
 // One domain per thread count, made once and kept for the life of the process, as ONNX Runtime demands of registered operators.
 struct Domain {
-  Operator conv, gemm;
+  std::array<Operator, std::size(kNames)> operators;
   CustomOpDomain* handle = nullptr;
 };
 
@@ -324,11 +334,11 @@ CustomOpDomain* domain_for(const Api* api, int64_t threads) {
   std::unique_ptr<Domain>& slot = (*domains)[threads];
   if (!slot) {
     auto made = std::make_unique<Domain>();
-    describe(&made->conv, api, true, threads);
-    describe(&made->gemm, api, false, threads);
     check(api, create_domain(api, "ai.ticketkit", &made->handle));
-    check(api, domain_add(api, made->handle, &made->conv));
-    check(api, domain_add(api, made->handle, &made->gemm));
+    for (size_t i = 0; i < made->operators.size(); ++i) {
+      describe(&made->operators[i], api, kNames[i], threads);
+      check(api, domain_add(api, made->handle, &made->operators[i]));
+    }
     slot = std::move(made);
   }
   return slot->handle;

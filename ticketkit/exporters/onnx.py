@@ -70,10 +70,10 @@ def _sparse(network: Network, names: set[str]) -> ModelProto:
             nodes.append(_sparse_node(fused[at], constants))
         elif at not in absorbed:
             nodes.append(node)
-    variants = sorted({(n.op_type, n.overload) for n in nodes if n.domain == operators.DOMAIN})
+    used = sorted({n.op_type for n in nodes if n.domain == operators.DOMAIN})
     model = helper.make_model(
         helper.make_graph(nodes, source.graph.name, source.graph.input, source.graph.output, [*kept, *constants.tensors]),
-        functions=[*source.functions, *(operators.function(op, overload, opset(source)) for op, overload in variants)],
+        functions=[*source.functions, *(operators.function(name, opset(source)) for name in used)],
         opset_imports=[*source.opset_import, helper.make_opsetid(operators.DOMAIN, operators.VERSION)],
         ir_version=max(source.ir_version, operators.IR_VERSION),
     )

@@ -5,8 +5,10 @@
 
 Everything else is float32. Attributes: ``weight_shape`` [M,C,kh,kw] or [M,K], ``numel`` [its product], ``activation`` "None", "Relu" or
 "Clip" (then ``min`` and ``max``), and for SparseConv ``strides`` [2], ``pads`` [top, left, bottom, right], ``dilations`` [2]; the group is
-always 1. W is gap-coded (`ticketkit.formats.gaps`). Node and function carry the *overload* ("Add" if Z) + ("" | "Relu" | "Clip"), which
-is why files have IR version 10 or newer.
+always 1. W is gap-coded (`ticketkit.formats.gaps`).
+
+An operator has one function body, so each body has an operator of its own: the name is SparseConv or SparseGemm + ("Add" if Z) +
+("" | "Relu" | "Clip"), such as SparseConvAddRelu. (ONNX has overloads for this, but onnxruntime ignores them before 1.27.)
 
 The body decodes W by Cast, CumSum and ScatterElements into zeros. All of that is constant, so a stock runtime folds it at load and is
 left with one ordinary Conv or Gemm.
@@ -28,7 +30,7 @@ from ticketkit.formats import Array, finite, gaps
 
 DOMAIN = "ai.ticketkit"
 VERSION = 1
-IR_VERSION = 10  # the first with function overloads
+IR_VERSION = 8  # the first with functions
 CONV, GEMM = "SparseConv", "SparseGemm"
 WINDOW = ("strides", "pads", "dilations")
 
@@ -49,8 +51,8 @@ class Epilogue:
     high: float = 0.0
 
     @property
-    def overload(self) -> str:
-        """Overload of the operator and of its function."""
+    def suffix(self) -> str:
+        """What it adds to the operator's name."""
         return ("Add" if self.residual else "") + ("" if self.activation == "None" else self.activation)
 
 
@@ -71,20 +73,19 @@ class Sparse:
 def make_node(
     op: str, inputs: Sequence[str], output: str, name: str, shape: Sequence[int], window: dict[str, list[int]], epilogue: Epilogue
 ) -> NodeProto:
-    """A node of this domain; inputs are X, values, gaps, B, to which the residual is appended."""
+    """A node of this domain, `op` being SparseConv or SparseGemm; inputs are X, values, gaps, B, to which the residual is appended."""
     clip = {"min": epilogue.low, "max": epilogue.high} if epilogue.activation == "Clip" else {}
     operands = [*inputs, epilogue.residual] if epilogue.residual else list(inputs)
-    node = helper.make_node(
-        op, operands, [output], name=name, domain=DOMAIN, weight_shape=list(shape), numel=[prod(shape)],
+    return helper.make_node(
+        op + epilogue.suffix, operands, [output], name=name, domain=DOMAIN, weight_shape=list(shape), numel=[prod(shape)],
         activation=epilogue.activation, **window, **clip,
     )  # fmt: skip
-    node.overload = epilogue.overload
-    return node
 
 
-def function(op: str, overload: str, opset: int) -> FunctionProto:
-    """The body of one overload in standard operators of that opset."""
-    residual, activation = overload.startswith("Add"), overload.removeprefix("Add")
+def function(name: str, opset: int) -> FunctionProto:
+    """The body of one operator, by its full name, in standard operators of that opset."""
+    op = CONV if name.startswith(CONV) else GEMM
+    residual, activation = name.startswith(f"{op}Add"), name.removeprefix(op).removeprefix("Add")
     attributes = ["weight_shape", "numel", "activation"]
     nodes = [
         _constant("weight_shape", "value_ints", "weight_shape", AttributeProto.INTS),
@@ -114,9 +115,7 @@ def function(op: str, overload: str, opset: int) -> FunctionProto:
     else:
         nodes.append(helper.make_node(activation or "Identity", [last], ["Y"]))
     inputs = ["X", "values", "gaps", "B"] + ["Z"] * residual
-    body = helper.make_function(DOMAIN, op, inputs, ["Y"], nodes, [helper.make_opsetid("", opset)], attributes)
-    body.overload = overload
-    return body
+    return helper.make_function(DOMAIN, name, inputs, ["Y"], nodes, [helper.make_opsetid("", opset)], attributes)
 
 
 def nodes(model: ModelProto) -> Iterator[NodeProto]:
@@ -153,13 +152,11 @@ def expand(model: ModelProto) -> ModelProto:
 
 def _decode(node: NodeProto, constants: dict[str, onnx.TensorProto]) -> Sparse:
     attributes: dict[str, Any] = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    rank = {CONV: 4, GEMM: 2}.get(node.op_type)
-    if rank is None:
-        raise FormatError(f"unknown operator {node.op_type}; expected {CONV} or {GEMM}")
-    shape = tuple(_ints(attributes, "weight_shape", rank, 1))
+    op = CONV if node.op_type.startswith(CONV) else GEMM
+    shape = tuple(_ints(attributes, "weight_shape", 4 if op == CONV else 2, 1))
     if _ints(attributes, "numel", 1, 1) != [prod(shape)]:
         raise FormatError(f"numel: expected {[prod(shape)]} for shape {list(shape)}, got {attributes['numel']}")
-    if len(node.input) not in ((4, 5) if node.op_type == CONV else (4,)):
+    if len(node.input) not in ((4, 5) if op == CONV else (4,)):
         raise FormatError(f"inputs: expected X, values, gaps, B and, for {CONV}, Z; got {len(node.input)}")
     values, gap, bias = (_array(field, name, constants) for field, name in zip(("values", "gaps", "B"), node.input[1:4], strict=True))
     parts = {"values": values, "gaps": gap}
@@ -167,8 +164,11 @@ def _decode(node: NodeProto, constants: dict[str, onnx.TensorProto]) -> Sparse:
     if bias.shape != shape[:1] or bias.dtype != np.float32:
         raise FormatError(f"B: expected float32 [{shape[0]}], got {bias.dtype} {list(bias.shape)}")
     finite("B", bias)
-    window = {key: _ints(attributes, key, 4 if key == "pads" else 2, key != "pads") for key in WINDOW} if node.op_type == CONV else {}
-    return Sparse(shape, parts, window, _epilogue(attributes, node.input[4] if len(node.input) == 5 else ""))
+    window = {key: _ints(attributes, key, 4 if key == "pads" else 2, key != "pads") for key in WINDOW} if op == CONV else {}
+    epilogue = _epilogue(attributes, node.input[4] if len(node.input) == 5 else "")
+    if node.op_type != op + epilogue.suffix:
+        raise FormatError(f"operator {node.op_type}: inputs and attributes are those of {op + epilogue.suffix}")
+    return Sparse(shape, parts, window, epilogue)
 
 
 def _epilogue(attributes: dict[str, Any], residual: str) -> Epilogue:
@@ -193,7 +193,7 @@ def _ints(attributes: dict[str, Any], key: str, count: int, least: int) -> list[
 def _expanded(node: NodeProto, sparse: Sparse, model: ModelProto) -> list[NodeProto]:
     """The standard nodes one node stands for; its dense weight becomes an initializer of the model."""
     base = node.name or node.output[0]
-    op, options = ("Conv", sparse.window) if node.op_type == CONV else ("Gemm", {"transB": 1})
+    op, options = ("Conv", sparse.window) if sparse.window else ("Gemm", {"transB": 1})
     chain: list[tuple[str, list[str], dict[str, Any]]] = [(op, [node.input[0], f"{base}.weight", node.input[3]], options)]
     constants = {f"{base}.weight": sparse.weight()}
     epilogue = sparse.epilogue

@@ -11,7 +11,7 @@ THREADS_KEY = "ai.ticketkit.threads"  # session option: how many threads the ope
 
 
 def register(options: Any) -> None:
-    """Adds SparseConv and SparseGemm (domain `ai.ticketkit`) to an onnxruntime `SessionOptions`.
+    """Adds SparseConv, SparseGemm and their fused variants (domain `ai.ticketkit`) to an onnxruntime `SessionOptions`.
 
     Call it after `intra_op_num_threads` is set: the operators split their work over that many threads (0: all cores).
     Raises KernelError where the library is missing, cannot be loaded or `$TICKETKIT_ISA` cannot run here.
