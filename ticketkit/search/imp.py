@@ -107,10 +107,10 @@ class Search:
             raise ModelError(f"training diverged: the test loss of round {k} is {loss}; lower --lr")
         val_score, _ = supervised.evaluate(self.module, evaluation_batches(self.task, self.data.val), classes)
         dense = self.run.rows()[0]["metric"] if k else score
-        origin = ("model", "num_classes", "input_shape", "weights", "weights_sha256", "objective", "task")
+        origin = ("model", "num_classes", "input_shape", "weights", "weights_sha256", "objective", "task", "rewind", "rate", "seed")
         facts = {"round": k, "sparsity": algebra.sparsity(masks), "layer_sparsity": algebra.layer_sparsity(masks)}
         measured = {"metric_name": self.task.metric, "dense_metric": [dense], "ticket_metric": [score]}
-        meta = {**{key: self.config[key] for key in (*origin, "rewind", "rate", "seed", "version")}, **models.rule(name), **facts, **measured}
+        meta = {**{key: self.config[key] for key in (*origin, "version")}, **models.rule(name), **facts, **measured}
         ticket = Ticket(masks, self.run.rewind(), meta)
         pruned = sum(mask.size for mask in masks.values()) - algebra.kept(masks)
         row = {
