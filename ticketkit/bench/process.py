@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -65,11 +66,18 @@ class Worker:
         if not answer:
             raise TicketkitError(f"engine {self.name}: its process died during {do!r} ({self._epitaph()}); the others go on")
         with suppress(psutil.NoSuchProcess):  # died right after answering: its next turn will say so
-            self._process.suspend()
+            self._suspend()
         reply: dict[str, Any] = json.loads(answer)
         if "error" in reply:
             raise TicketkitError(f"engine {self.name}: {reply['error']}")
         return reply
+
+    def _suspend(self) -> None:
+        """Suspend the child, and see it suspended: the signal takes effect a moment after it is sent."""
+        self._process.suspend()
+        deadline = time.monotonic() + 1
+        while self._process.status() != psutil.STATUS_STOPPED and time.monotonic() < deadline:
+            time.sleep(0.0005)
 
     def _listen(self) -> None:
         assert self._child.stdout is not None
