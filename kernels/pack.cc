@@ -53,6 +53,19 @@ struct RowPhases {
   int64_t period, count;
 };
 
+// A header with what every kernel's has.
+Packed header(Kernel kernel, int32_t isa, const tk_csr& w) {
+  Packed p{};
+  p.magic = kMagic;
+  p.kernel = kernel;
+  p.isa = isa;
+  p.lanes = tk_isa_lanes(isa);
+  p.rows = w.rows;
+  p.cols = w.cols;
+  p.row_groups = ceil_div(w.rows, kGroupRows);
+  return p;
+}
+
 // Places the strips of one channel behind each other, kernel columns outside, row phases inside; writes them where `strips` is not null.
 tk_status plan_strips(const tk_conv2d& s, int64_t tile_floats, int64_t lanes, Packed* p, Strip* strips) {
   const RowPhases rows(s);
@@ -83,7 +96,6 @@ tk_status plan_cuts(const tk_tuning* tuning, int64_t lanes, Packed* p) {
   if (!within(tile, 0, kMaxTileVectors)) return TK_BAD_ARGUMENT;
   p->tile_vectors = i32(tile ? tile : ceil_div(vectors, ceil_div(vectors, kMaxTileVectors)));
   p->tiles = ceil_div(vectors, p->tile_vectors);
-  p->row_groups = ceil_div(p->rows, kGroupRows);
   return TK_OK;
 }
 
@@ -102,14 +114,8 @@ tk_status plan_conv2d(const tk_conv2d& s, const tk_csr& w, int32_t isa, const tk
   const tk_status bad = check_shape(s, w);
   if (bad != TK_OK) return bad;
   if (tuning && tuning->block_channels < 0) return TK_BAD_ARGUMENT;
-  const int64_t lanes = tk_isa_lanes(isa);
-  *p = Packed{};
-  p->magic = kMagic;
-  p->kernel = k_conv2d_csr_f32;
-  p->isa = isa;
-  p->lanes = i32(lanes);
-  p->rows = w.rows;
-  p->cols = w.cols;
+  *p = header(k_conv2d_csr_f32, isa, w);
+  const int64_t lanes = p->lanes;
   p->shape = s;
   p->out_h = (s.in_h + s.pad_top + s.pad_bottom - s.dilation_h * (s.kernel_h - 1) - 1) / s.stride_h + 1;
   p->out_w = (s.in_w + s.pad_left + s.pad_right - s.dilation_w * (s.kernel_w - 1) - 1) / s.stride_w + 1;
@@ -124,15 +130,8 @@ tk_status plan_conv2d(const tk_conv2d& s, const tk_csr& w, int32_t isa, const tk
 
 tk_status plan_gemm(const tk_csr& w, int32_t isa, Packed* p) {
   if (!within(w.rows, 1, INT32_MAX) || !within(w.cols, 1, INT32_MAX)) return TK_BAD_SHAPE;
-  *p = Packed{};
-  p->magic = kMagic;
-  p->kernel = k_gemm_csr_f32;
-  p->isa = isa;
-  p->lanes = tk_isa_lanes(isa);
-  p->rows = w.rows;
-  p->cols = w.cols;
+  *p = header(k_gemm_csr_f32, isa, w);
   p->tile_vectors = kGemmTileVectors;
-  p->row_groups = ceil_div(w.rows, kGroupRows);
   p->channel_floats = int64_t{kGemmTileVectors} * p->lanes;
   p->block_channels = w.cols < kGemmBlock ? w.cols : kGemmBlock;
   p->blocks = ceil_div(w.cols, p->block_channels);

@@ -110,13 +110,14 @@ def survives(mutant: onnx.ModelProto) -> str | None:
     return None
 
 
-def main(count: int) -> None:
-    """Run `count` mutants and say how they ended; at least one must run and one must be refused, or nothing was tested."""
+def main(count: int) -> tuple[int, int]:
+    """Run `count` mutants and say how they ended, (ran, refused); there must be some of both, or nothing was tested."""
     rng, original = np.random.default_rng(0), model()
     assert survives(original) is None
     refused = [why for _ in range(count) if (why := survives(mutate(original, rng))) is not None]
     assert 0 < len(refused) < count, "the mutations test nothing"
     print(f"{count} mutants: {count - len(refused)} ran, {len(refused)} were refused, none crashed")
+    return count - len(refused), len(refused)
 
 
 if __name__ == "__main__":

@@ -122,7 +122,8 @@ def test_attributes_out_of_range_are_refused() -> None:
 
 
 def test_mutations() -> None:
-    mutate.main(300)
+    ran, refused = mutate.main(300)
+    assert ran + refused == 300 and min(ran, refused) > 10
 
 
 @pytest.mark.parametrize("isa", [isa.name for isa in native.isas() if isa.usable])
