@@ -6,9 +6,14 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from ticketkit.tasks import Data
 
 # Before torch is first imported: threads that wait do not spin, so that tests stay quick where cores are shared.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -40,3 +45,21 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of an uninterrupted search on digits with the settings of SMALL_RUN."""
     find = pytest.importorskip("ticketkit.search.imp").find
     return Path(find("digits", out=tmp_path_factory.mktemp("run") / "digits", **SMALL_RUN).path)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Sums depend on the number of threads; tests that compare bits use one."""
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def data() -> Data:
+    """The images of `digits`."""
+    from ticketkit import tasks
+
+    return tasks.get("digits").load(None)

@@ -1,144 +1,35 @@
-"""The search: Algorithm 1, masks in training, rewinding, and resuming after every kind of stop."""
+"""The search: Algorithm 1, rewinding, and resuming after every kind of stop."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import SMALL_RUN
+from small import DIGITS, TINY, everything, settings, start
 
 torch = pytest.importorskip("torch")
-from torch.nn import functional as F  # noqa: E402
 
 from ticketkit import masks, models, tasks  # noqa: E402
-from ticketkit.errors import ModelError, TicketError  # noqa: E402
+from ticketkit.errors import TicketError  # noqa: E402
 from ticketkit.search import setup  # noqa: E402
 from ticketkit.search.imp import find, load_round  # noqa: E402
 from ticketkit.search.progress import Progress  # noqa: E402
 from ticketkit.search.rewind import step_of  # noqa: E402
 from ticketkit.search.rundir import RunDir  # noqa: E402
-from ticketkit.search.train import Settings, Training  # noqa: E402
+from ticketkit.search.train import Training  # noqa: E402
 from ticketkit.tasks import Batches, Data, Task  # noqa: E402
 from ticketkit.ticket import read_safetensors  # noqa: E402
 
-DIGITS = tasks.get("digits")
-TINY = {"rounds": 1, "steps": 2, "batch_size": 32, "threads": 1}
-
-
-def settings(**changes: object) -> Settings:
-    values = {"steps": 4, "batch_size": 32, "lr": 0.1, "schedule": "constant", "milestones": (0.5, 0.75), "weight_decay": 1e-3}
-    return Settings(**{**values, "momentum": 0.9, "seed": 0, **changes})  # type: ignore[arg-type]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums depend on the number of threads; the tests compare bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def data() -> Data:
-    return DIGITS.load(None)
-
-
-def start() -> torch.nn.Module:
-    torch.manual_seed(7)
-    return models.build("resnet20", 10, 16)
-
-
-def everything(module: torch.nn.Module) -> dict[str, np.ndarray]:
-    return {name: weights[name] for weights in [models.arrays(module)] for name in models.prunable("resnet20", module)}
-
-
-def plainly_trained(data: Data, chosen: Settings) -> dict[str, np.ndarray]:
-    """Training as a textbook writes it, with no idea of masks."""
-    module = start().to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(module.parameters(), lr=chosen.lr, momentum=0.9, weight_decay=chosen.weight_decay)
-    for _, (images, labels) in zip(range(chosen.steps), Batches(DIGITS, data.train, 32).epoch(0, 0, 0), strict=False):
-        optimizer.zero_grad()
-        F.cross_entropy(module(images), labels).backward()
-        optimizer.step()
-    return models.arrays(module)
-
-
-def trained(data: Data, mask: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    training = Training(start(), mask, settings(), round=0)
-    training.run(Batches(DIGITS, data.train, 32), lambda now: None)
-    return models.arrays(training.module)
-
-
-def test_all_ones_mask_trains_bit_identically_to_dense(data: Data) -> None:
-    dense, ones = plainly_trained(data, settings()), masks.full(everything(start()))
-    masked = trained(data, ones)
-    assert all(np.array_equal(dense[name], masked[name]) for name in dense)
-    ones["layer1.0.conv1.weight"][0, 0, 0, 0] = False
-    other = trained(data, ones)
-    assert not np.array_equal(other["conv1.weight"], dense["conv1.weight"]), "one pruned weight must show everywhere"
-    assert other["layer1.0.conv1.weight"][0, 0, 0, 0] == 0.0
-
-
-def test_pruned_weights_are_zero_after_every_step_and_the_rest_moves(data: Data) -> None:
-    mask = masks.random(masks.full(everything(start())), 0.9, 0)
-    before = models.arrays(start())
-    training = Training(start(), mask, settings(), round=0)
-
-    def look(now: Training) -> None:
-        weights = models.arrays(now.module)
-        assert all((weights[name][~mask[name]] == 0).all() for name in mask)
-
-    training.run(Batches(DIGITS, data.train, 32), look)
-    after = models.arrays(training.module)
-    assert all((after[name][mask[name]] != before[name][mask[name]]).mean() > 0.99 for name in mask)
-    assert (after["conv1.weight"] != before["conv1.weight"]).all() and (after["linear.bias"] != before["linear.bias"]).all()
-
-
-@pytest.mark.parametrize("stop", [1, 2, 3])
-def test_state_resumes_bit_identically(data: Data, stop: int) -> None:
-    ones, batches = masks.full(everything(start())), Batches(DIGITS, data.train, 32)
-    states: dict[int, dict[str, np.ndarray]] = {}
-    whole = Training(start(), ones, settings(schedule="cosine"), round=0)
-    whole.run(batches, lambda now: states.update({now.step: {k: v.copy() for k, v in now.state().items()}}))
-    resumed = Training(models.build("resnet20", 10, 16), ones, settings(schedule="cosine"), round=0)
-    resumed.load(states[stop])
-    assert resumed.step == stop
-    resumed.run(batches, lambda now: None)
-    assert all(np.array_equal(resumed.state()[key], states[4][key]) for key in states[4])
-    del states[stop]["momentum/conv1.weight"]
-    forgetful = Training(start(), ones, settings(schedule="cosine"), round=0)
-    forgetful.load(states[stop])
-    forgetful.run(batches, lambda now: None)
-    assert not np.array_equal(forgetful.state()["module/conv1.weight"], states[4]["module/conv1.weight"]), "momentum matters"
-
-
-@pytest.mark.parametrize(
-    ("schedule", "expected"),
-    [
-        ("constant", [1.0] * 8),
-        ("multistep", [1.0] * 4 + [0.1] * 2 + [0.01] * 2),
-        ("cosine", [0.5 + 0.5 * math.cos(math.pi * step / 8) for step in range(8)]),
-    ],
-)
-def test_schedules(schedule: str, expected: list[float]) -> None:
-    chosen = settings(schedule=schedule, steps=8, lr=1.0)
-    assert [chosen.lr_at(step) for step in range(8)] == pytest.approx(expected)
-
-
-def test_divergence_is_one_clear_line(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"diverged: .* lower --lr"):
-        find("digits", out=tmp_path / "run", lr=1e30, **TINY)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rows_of(run: Path) -> list[dict[str, object]]:

@@ -1,0 +1,99 @@
+"""The training loop: masks, schedules, and state that resumes to the bit."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small import DIGITS, TINY, everything, settings, start
+
+torch = pytest.importorskip("torch")
+from torch.nn import functional as F  # noqa: E402
+
+from ticketkit import masks, models  # noqa: E402
+from ticketkit.errors import ModelError  # noqa: E402
+from ticketkit.search.imp import find  # noqa: E402
+from ticketkit.search.train import Settings, Training  # noqa: E402
+from ticketkit.tasks import Batches, Data  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def plainly_trained(data: Data, chosen: Settings) -> dict[str, np.ndarray]:
+    """Training as a textbook writes it, with no idea of masks."""
+    module = start().to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(module.parameters(), lr=chosen.lr, momentum=0.9, weight_decay=chosen.weight_decay)
+    for _, (images, labels) in zip(range(chosen.steps), Batches(DIGITS, data.train, 32).epoch(0, 0, 0), strict=False):
+        optimizer.zero_grad()
+        F.cross_entropy(module(images), labels).backward()
+        optimizer.step()
+    return models.arrays(module)
+
+
+def trained(data: Data, mask: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    training = Training(start(), mask, settings(), round=0)
+    training.run(Batches(DIGITS, data.train, 32), lambda now: None)
+    return models.arrays(training.module)
+
+
+def test_all_ones_mask_trains_bit_identically_to_dense(data: Data) -> None:
+    dense, ones = plainly_trained(data, settings()), masks.full(everything(start()))
+    masked = trained(data, ones)
+    assert all(np.array_equal(dense[name], masked[name]) for name in dense)
+    ones["layer1.0.conv1.weight"][0, 0, 0, 0] = False
+    other = trained(data, ones)
+    assert not np.array_equal(other["conv1.weight"], dense["conv1.weight"]), "one pruned weight must show everywhere"
+    assert other["layer1.0.conv1.weight"][0, 0, 0, 0] == 0.0
+
+
+def test_pruned_weights_are_zero_after_every_step_and_the_rest_moves(data: Data) -> None:
+    mask = masks.random(masks.full(everything(start())), 0.9, 0)
+    before = models.arrays(start())
+    training = Training(start(), mask, settings(), round=0)
+
+    def look(now: Training) -> None:
+        weights = models.arrays(now.module)
+        assert all((weights[name][~mask[name]] == 0).all() for name in mask)
+
+    training.run(Batches(DIGITS, data.train, 32), look)
+    after = models.arrays(training.module)
+    assert all((after[name][mask[name]] != before[name][mask[name]]).mean() > 0.99 for name in mask)
+    assert (after["conv1.weight"] != before["conv1.weight"]).all() and (after["linear.bias"] != before["linear.bias"]).all()
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_state_resumes_bit_identically(data: Data, stop: int) -> None:
+    ones, batches = masks.full(everything(start())), Batches(DIGITS, data.train, 32)
+    states: dict[int, dict[str, np.ndarray]] = {}
+    whole = Training(start(), ones, settings(schedule="cosine"), round=0)
+    whole.run(batches, lambda now: states.update({now.step: {k: v.copy() for k, v in now.state().items()}}))
+    resumed = Training(models.build("resnet20", 10, 16), ones, settings(schedule="cosine"), round=0)
+    resumed.load(states[stop])
+    assert resumed.step == stop
+    resumed.run(batches, lambda now: None)
+    assert all(np.array_equal(resumed.state()[key], states[4][key]) for key in states[4])
+    del states[stop]["momentum/conv1.weight"]
+    forgetful = Training(start(), ones, settings(schedule="cosine"), round=0)
+    forgetful.load(states[stop])
+    forgetful.run(batches, lambda now: None)
+    assert not np.array_equal(forgetful.state()["module/conv1.weight"], states[4]["module/conv1.weight"]), "momentum matters"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [1.0] * 8),
+        ("multistep", [1.0] * 4 + [0.1] * 2 + [0.01] * 2),
+        ("cosine", [0.5 + 0.5 * math.cos(math.pi * step / 8) for step in range(8)]),
+    ],
+)
+def test_schedules(schedule: str, expected: list[float]) -> None:
+    chosen = settings(schedule=schedule, steps=8, lr=1.0)
+    assert [chosen.lr_at(step) for step in range(8)] == pytest.approx(expected)
+
+
+def test_divergence_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"diverged: .* lower --lr"):
+        find("digits", out=tmp_path / "run", lr=1e30, **TINY)
