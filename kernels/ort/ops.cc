@@ -284,6 +284,17 @@ void describe(Operator* op, const Api* api, const char* name, int64_t threads) {
   op->get_input_memory_type = [](const CustomOp*, size_t) { return 0; };
   op->get_start_version = [](const CustomOp*) { return 1; };
   op->get_end_version = [](const CustomOp*) { return 1; };
+  if (std::strncmp(name, "SparseConvAdd", 13) == 0) {  // Y may take the memory of Z: less to fetch, and its rows are at hand
+    op->get_may_inplace = [](int** inputs, int** outputs) -> size_t {
+      *inputs = new int[1]{4};
+      *outputs = new int[1]{0};
+      return 1;
+    };
+    op->release_may_inplace = [](int* inputs, int* outputs) {
+      delete[] inputs;
+      delete[] outputs;
+    };
+  }
   op->create_kernel_v2 = [](const CustomOp* self, const Api* given, const KernelInfo* info, void** kernel) {
     return guarded(given, [&] {
       try {
@@ -352,7 +363,7 @@ extern "C" TK_API tk::ort::Status* RegisterCustomOps(tk::ort::SessionOptions* op
   using namespace tk::ort;
   const Api* const api = base->get_api(kApiVersion);
   if (!api) {
-    std::fprintf(stderr, "ticketkit: onnxruntime %s is too old; 1.17 or newer is needed\n", base->get_version_string());
+    std::fprintf(stderr, "ticketkit: onnxruntime %s is too old; 1.18 or newer is needed\n", base->get_version_string());
     return nullptr;
   }
   return guarded(api, [&] { check(api, add_domain(api, options, domain_for(api, threads_of(api, options)))); });

@@ -9,7 +9,7 @@
 
 namespace tk::ort {
 
-constexpr uint32_t kApiVersion = 17;  // onnxruntime 1.17, the first with all slots below
+constexpr uint32_t kApiVersion = 18;  // onnxruntime 1.18, the first with everything below
 
 struct Status;         // null means success
 struct KernelInfo;     // a node while its kernel is being made
@@ -56,6 +56,10 @@ struct CustomOp {
   Status* (*infer_output_shape)(const CustomOp*, void*);
   int (*get_start_version)(const CustomOp*);
   int (*get_end_version)(const CustomOp*);
+  size_t (*get_may_inplace)(int** inputs, int** outputs);  // outputs[i] may take the memory of inputs[i]; returns how many pairs
+  void (*release_may_inplace)(int* inputs, int* outputs);
+  size_t (*get_alias_map)(int** inputs, int** outputs);
+  void (*release_alias_map)(int* inputs, int* outputs);
 };
 
 // TK_ORT(slot number, C++ name, result, arguments …): a typed call through the table. Every slot but create_status, error_message and the
