@@ -260,6 +260,7 @@ def test_expand_restores_the_dense_graph() -> None:
     plain = operators.expand(model)
     assert [n.op_type for n in plain.graph.node] == ["Conv", "Add", "Clip"] and not plain.functions
     np.testing.assert_array_equal(weights(plain)[f"{model.graph.node[0].name}.weight"], W)
+    assert not [t.name for t in plain.graph.initializer if t.name.endswith((".values", ".gaps"))], "the compact form is left behind"
     x = normal(1, 8, 10, 10)
     np.testing.assert_array_equal(run(plain, {"x": x})[0], run(model, {"x": x})[0])
 

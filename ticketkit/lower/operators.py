@@ -27,6 +27,7 @@ from onnx import AttributeProto, FunctionProto, ModelProto, NodeProto, helper, n
 
 from ticketkit.errors import FormatError
 from ticketkit.formats import Array, finite, gaps
+from ticketkit.lower.graph import Graph
 
 DOMAIN = "ai.ticketkit"
 VERSION = 1
@@ -147,7 +148,16 @@ def expand(model: ModelProto) -> ModelProto:
     del plain.graph.node[:], plain.functions[:]
     for node in model.graph.node:
         plain.graph.node.extend(_expanded(node, decoded[node.output[0]], plain) if node.domain == DOMAIN else [node])
+    drop_unused(plain)
     return plain
+
+
+def drop_unused(model: ModelProto) -> None:
+    """Removes the initializers that no node, subgraph or graph output reads."""
+    graph = Graph(model)
+    kept = [tensor for name, tensor in graph.constants.items() if name in graph.consumers]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
 
 
 def _decode(node: NodeProto, constants: dict[str, onnx.TensorProto]) -> Sparse:
