@@ -257,7 +257,7 @@ def sparse_file() -> ModelProto:
 
 def test_expand_restores_the_dense_graph() -> None:
     model = sparse_file()
-    plain = operators.expand(model)
+    plain = read(operators.expand(model).SerializeToString())  # and can be read again
     assert [n.op_type for n in plain.graph.node] == ["Conv", "Add", "Clip"] and not plain.functions
     np.testing.assert_array_equal(weights(plain)[f"{model.graph.node[0].name}.weight"], W)
     assert not [t.name for t in plain.graph.initializer if t.name.endswith((".values", ".gaps"))], "the compact form is left behind"

@@ -15,7 +15,7 @@ from ticketkit.errors import ExportError
 from ticketkit.exporters._check import require_equal
 from ticketkit.formats import Array, gaps
 from ticketkit.lower import Fused, Graph, Network, operators, read
-from ticketkit.lower.reader import DIGEST, digest, opset
+from ticketkit.lower.reader import digest, opset
 from ticketkit.planner import Plan
 
 SUMMARY = "compact, portable, accelerated: sparse layers become ai.ticketkit nodes with a function body"
@@ -51,7 +51,7 @@ def finish(model: ModelProto) -> bytes:
     """Serialize with ticketkit's name and the hash of the weights, by which `read` knows damage."""
     model.producer_name, model.producer_version = "ticketkit", __version__
     model.metadata_props.add(key="ticketkit.version", value=__version__)
-    model.metadata_props.add(key=DIGEST, value=digest(model))
+    model.metadata_props.add(key=operators.DIGEST, value=digest(model))
     data: bytes = model.SerializeToString(deterministic=True)
     return data
 

@@ -17,7 +17,6 @@ from onnx import GraphProto, ModelProto, NodeProto
 from ticketkit.errors import ModelError
 from ticketkit.lower import operators
 
-OWN = ("ticketkit.version", "ticketkit.sha256")  # metadata of the file that was read, not of what is made from it
 LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
@@ -101,7 +100,7 @@ def _tidy(cleaned: ModelProto, model: ModelProto) -> ModelProto:
     imports = [o for o in cleaned.opset_import if o.domain in used]
     del cleaned.opset_import[:], cleaned.metadata_props[:]
     cleaned.opset_import.extend(imports)
-    cleaned.metadata_props.extend(entry for entry in model.metadata_props if entry.key not in OWN)
+    cleaned.metadata_props.extend(entry for entry in model.metadata_props if entry.key not in operators.OWN)
     for message in (*graph.node, *graph.input, *graph.output):  # torch writes stack traces of the exporting machine here
         message.ClearField("doc_string")
         del message.metadata_props[:]

@@ -33,6 +33,8 @@ DOMAIN = "ai.ticketkit"
 VERSION = 1
 IR_VERSION = 8  # the first with functions
 CONV, GEMM = "SparseConv", "SparseGemm"
+DIGEST = "ticketkit.sha256"  # metadata key: hash of all initializers, by which `read` knows damage
+OWN = ("ticketkit.version", DIGEST)  # metadata of the file that was read, not of what is made from it
 WINDOW = ("strides", "pads", "dilations")
 
 
@@ -149,6 +151,9 @@ def expand(model: ModelProto) -> ModelProto:
     for node in model.graph.node:
         plain.graph.node.extend(_expanded(node, decoded[node.output[0]], plain) if node.domain == DOMAIN else [node])
     drop_unused(plain)
+    foreign = [entry for entry in plain.metadata_props if entry.key not in OWN]
+    del plain.metadata_props[:]
+    plain.metadata_props.extend(foreign)
     return plain
 
 

@@ -20,7 +20,6 @@ from ticketkit.lower.graph import dims
 OLDEST = 11  # the first opset whose Clip takes its bounds as inputs, which is how activations are recognised
 WORKING = 12  # the first whose Constant takes plain ints, which the function bodies need; older graphs are converted to it
 SUB_BYTE = ("INT2", "INT4", "FLOAT4E2M1")  # element types that share bytes
-DIGEST = "ticketkit.sha256"
 
 
 def read(source: str | os.PathLike[str] | bytes) -> ModelProto:
@@ -133,10 +132,10 @@ def _check_graph(model: ModelProto) -> None:
 
 def _check_digest(model: ModelProto) -> None:
     for entry in model.metadata_props:
-        if entry.key == DIGEST and entry.value != digest(model):
+        if entry.key == operators.DIGEST and entry.value != digest(model):
             raise FormatError(
                 "the weights are not those ticketkit wrote (sha256 differs): the file is damaged, copy it again;"
-                f" or edited on purpose, then delete its metadata {DIGEST}"
+                f" or edited on purpose, then delete its metadata {operators.DIGEST}"
             )
 
 
