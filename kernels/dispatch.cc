@@ -62,7 +62,7 @@ const char* tk_status_text(tk_status status) {
     case TK_OK:
       return "ok";
     case TK_BAD_ARGUMENT:
-      return "a pointer is null or a count is negative";
+      return "a pointer is null, or a count, range or bound is outside what the call allows";
     case TK_BAD_SHAPE:
       return "a dimension is out of range, the window does not fit the image, or the weight's rows and columns contradict the geometry";
     case TK_BAD_VALUES:
@@ -106,7 +106,8 @@ const char* tk_kernel_name(int32_t i) { return i >= 0 && i < kKernelCount ? kKer
 tk_status tk_run(const void* packed, const tk_args* args, int64_t part_begin, int64_t part_end, void* workspace) {
   const Packed* const p = static_cast<const Packed*>(packed);
   if (!p || p->magic != kMagic) return TK_BAD_BUFFER;
-  if (!args || args->batch < 1 || !args->x || !args->y) return TK_BAD_ARGUMENT;
+  if (!args || !args->x || !args->y || !(args->min <= args->max)) return TK_BAD_ARGUMENT;
+  if (args->batch < 1 || args->batch > INT32_MAX) return TK_BAD_ARGUMENT;
   if (part_begin < 0 || part_end < part_begin || part_end > tk_parts(packed, args->batch)) return TK_BAD_ARGUMENT;
   if (tk_workspace_bytes(packed) > 0 && (!workspace || reinterpret_cast<uintptr_t>(workspace) % TK_ALIGNMENT != 0)) return TK_BAD_BUFFER;
   isa_at(p->isa)->run[p->kernel](*p, *args, part_begin, part_end, static_cast<float*>(workspace));

@@ -7,10 +7,11 @@
 namespace tk {
 namespace {
 
-constexpr int64_t kMaxDim = int64_t{1} << 24;  // of images, windows, strides, paddings: keeps every product in 64 bits
-constexpr int64_t kMaxOffset = INT32_MAX;      // entries hold 32-bit byte offsets
-constexpr int64_t kBlockBytes = 40 * 1024;     // strips of one block: measured best, a little over L1 (kernels/README.md)
-constexpr int64_t kGemmBlock = 512;            // columns of one gemm block
+constexpr int64_t kMaxDim = int64_t{1} << 24;          // of images, windows, strides, paddings: keeps every product in 64 bits
+constexpr int64_t kMaxOffset = INT32_MAX;              // entries hold 32-bit byte offsets
+constexpr int64_t kBlockBytes = 40 * 1024;             // strips of one block: measured best, a little over L1 (kernels/README.md)
+constexpr int64_t kGemmBlock = 512;                    // columns of one gemm block
+constexpr int64_t kMaxRowPointers = int64_t{1} << 28;  // over all blocks: 1 GiB
 constexpr int64_t kMaxStrips = 1 << 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -41,8 +42,10 @@ tk_status check_shape(const tk_conv2d& s, const tk_csr& w) {
 
 // Kernel row i reads input row stride_h * oh + i * dilation_h - pad_top: phase (i * dilation_h) % stride_h, shifted by (i * dilation_h) /
 // stride_h output rows. The phases repeat with period stride_h / gcd(dilation_h, stride_h), so rows i and i + period share strips.
+// Where an output row is longer than a tile, sharing would fill whole rows of which the tile reads little: then every row has its own.
 struct RowPhases {
-  explicit RowPhases(const tk_conv2d& shape) : s(shape), period(s.stride_h / std::gcd(s.dilation_h, s.stride_h)) {
+  RowPhases(const tk_conv2d& shape, const Packed& p) : s(shape), period(s.stride_h / std::gcd(s.dilation_h, s.stride_h)) {
+    if (p.out_w > int64_t{p.tile_vectors} * p.lanes) period = s.kernel_h;
     count = s.kernel_h < period ? s.kernel_h : period;
   }
   int64_t phase(int64_t k) const { return k * s.dilation_h % s.stride_h; }
@@ -68,7 +71,7 @@ Packed header(Kernel kernel, int32_t isa, const tk_csr& w) {
 
 // Places the strips of one channel behind each other, kernel columns outside, row phases inside; writes them where `strips` is not null.
 tk_status plan_strips(const tk_conv2d& s, int64_t tile_floats, int64_t lanes, Packed* p, Strip* strips) {
-  const RowPhases rows(s);
+  const RowPhases rows(s, *p);
   if (rows.count > kMaxStrips / s.kernel_w) return TK_TOO_LARGE;
   p->strip_count = i32(rows.count * s.kernel_w);
   int64_t at = 0;
@@ -89,7 +92,7 @@ tk_status plan_strips(const tk_conv2d& s, int64_t tile_floats, int64_t lanes, Pa
   return TK_OK;
 }
 
-// The tile and the block: whole vectors shared out evenly over the tiles, channels evenly over the blocks.
+// The tile: whole vectors, shared out evenly over the tiles.
 tk_status plan_cuts(const tk_tuning* tuning, int64_t lanes, Packed* p) {
   const int64_t pixels = p->out_h * p->out_w, vectors = ceil_div(pixels, lanes);
   const int64_t tile = tuning ? tuning->tile_vectors : 0;
@@ -99,6 +102,7 @@ tk_status plan_cuts(const tk_tuning* tuning, int64_t lanes, Packed* p) {
   return TK_OK;
 }
 
+// The blocks: channels, shared out evenly over as few blocks as keep their strips small.
 void plan_blocks(const tk_tuning* tuning, int64_t bytes_per_channel, int64_t channels, Packed* p) {
   int64_t block = tuning ? tuning->block_channels : 0;
   if (block == 0) {
@@ -140,7 +144,7 @@ tk_status plan_gemm(const tk_csr& w, int32_t isa, Packed* p) {
 
 // Places the arrays behind the header.
 tk_status lay_out(int64_t nnz, Packed* p) {
-  if (nnz < 0 || nnz > INT32_MAX || p->blocks > (int64_t{1} << 40) / (p->rows + 1)) return TK_TOO_LARGE;
+  if (nnz < 0 || nnz > INT32_MAX || p->blocks > kMaxRowPointers / (p->rows + 1)) return TK_TOO_LARGE;
   p->strips_at = round_up(sizeof(Packed), TK_ALIGNMENT);
   p->row_ptr_at = round_up(p->strips_at + p->strip_count * int64_t{sizeof(Strip)}, TK_ALIGNMENT);
   p->entries_at = round_up(p->row_ptr_at + p->blocks * (p->rows + 1) * int64_t{sizeof(uint32_t)}, TK_ALIGNMENT);
@@ -257,7 +261,7 @@ tk_status tk_conv2d_csr_pack(const tk_conv2d* shape, const tk_csr* w, int32_t is
   plan_strips(s, int64_t{p.tile_vectors} * p.lanes, p.lanes, &p, strips);
 
   const int64_t taps = s.kernel_h * s.kernel_w;
-  const RowPhases rows(s);
+  const RowPhases rows(s, p);
   write_entries(*w, taps, p, packed, [&](int64_t column) {
     const int64_t i = column % taps / s.kernel_w, j = column % s.kernel_w;
     const int64_t row_shift = rows.shift(i) - rows.shift(i % rows.period);
@@ -292,7 +296,7 @@ tk_status tk_gemm_csr_pack(const tk_csr* w, int32_t isa, void* packed, size_t pa
 
 int64_t tk_parts(const void* packed, int64_t batch) {
   const Packed* p = static_cast<const Packed*>(packed);
-  if (!p || p->magic != kMagic || batch < 1) return 0;
+  if (!p || p->magic != kMagic || !within(batch, 1, INT32_MAX)) return 0;
   const int64_t tiles = p->kernel == k_gemm_csr_f32 ? ceil_div(batch, p->channel_floats) : batch * p->tiles;
   return tiles * p->row_groups;
 }

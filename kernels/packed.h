@@ -6,7 +6,7 @@
 
 namespace tk {
 
-constexpr uint64_t kMagic = 0x6b63617074656b74;  // "tktpack" and a marker; guards against a buffer that was never packed
+constexpr uint64_t kMagic = 0x6b63617074656b74;  // "tketpack"; guards against a buffer that was never packed
 constexpr int kMaxTileVectors = 14;              // accumulators of one tile: 14 of AVX2's 16 registers, plus weight and spare
 
 constexpr int kGemmTileVectors = 8;  // batch rows of one gemm tile, in vectors

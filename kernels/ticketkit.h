@@ -27,13 +27,14 @@ extern "C" {
 
 typedef enum tk_status {
   TK_OK = 0,
-  TK_BAD_ARGUMENT = 1,     // a null pointer or a negative count
-  TK_BAD_SHAPE = 2,        // a dimension < 1, a window that does not fit, or rows/cols that contradict the geometry
+  TK_BAD_ARGUMENT = 1,  // a null pointer, or a count, range or bound outside what the call allows
+  TK_BAD_SHAPE =
+      2,  // a dimension below 1 or above 2^24 (2^31 - 1 for rows and cols), a window that does not fit, or a weight of another shape
   TK_BAD_VALUES = 3,       // a weight that is NaN or infinite
   TK_BAD_COL_INDICES = 4,  // a column index outside [0, cols) or not strictly increasing within its row
   TK_BAD_ROW_PTR = 5,      // row pointers that do not rise from 0 to nnz
   TK_BAD_GAPS = 6,         // gap-coded positions that repeat or leave the weight
-  TK_BAD_BUFFER = 7,       // packed buffer or workspace too small, or not aligned to TK_ALIGNMENT bytes
+  TK_BAD_BUFFER = 7,       // a packed buffer too small or never packed, or a buffer not aligned to TK_ALIGNMENT bytes
   TK_BAD_ISA = 8,          // an ISA this build or this machine does not have
   TK_TOO_LARGE = 9         // a layer beyond the 32-bit offsets of the packed form
 } tk_status;
@@ -106,7 +107,8 @@ TK_API tk_status tk_gemm_csr_pack(const tk_csr* weight, int32_t isa, void* packe
 
 // What one run reads and writes. x: [batch, in_channels, in_h, in_w] or [batch, cols]; y and residual: [batch, out_channels, out_h,
 // out_w] or [batch, rows]; bias: [out_channels] or [rows]. bias and residual may be null (zero). y may equal residual and overlaps
-// nothing else. The result is clipped to [min, max]: -INFINITY and INFINITY for none, 0 and INFINITY for ReLU. NaN stays NaN.
+// nothing else. The result is clipped to [min, max], min <= max: -INFINITY and INFINITY for none, 0 and INFINITY for ReLU. NaN stays NaN.
+// batch is 1 … 2^31 - 1.
 typedef struct tk_args {
   int64_t batch;
   const float* x;

@@ -54,7 +54,8 @@ def check_conv(shape: ConvShape, isa: str, *, batch: int = 1, density: float = 0
     layer = native.conv2d(shape, csr.pack(weight), isa=isa, tuning=tuning)
     at = [int(cut * layer.parts(batch)) for cut in cuts]
     for terms, clip in (((None, None), (-np.inf, np.inf)), ((bias, residual), (0.0, np.inf)), ((bias, None), (-0.5, 0.5))):
-        y = layer.run(x, *terms, minimum=clip[0], maximum=clip[1], cuts=at)
+        unwritten = np.full((batch, *layer.out_shape), np.nan, np.float32)
+        y = layer.run(x, *terms, minimum=clip[0], maximum=clip[1], cuts=at, out=unwritten)
         worst = np.abs(y - exact_conv(shape, weight, x, *terms, clip=clip)).max()
         assert worst <= oracle.tolerance(weight, x, *terms), (shape, isa, terms[0] is not None, worst)
 
@@ -94,6 +95,13 @@ def test_conv2d_usual_layers(isa: str, kernel: int, stride: int, density: float)
     pad = kernel // 2
     shape = ConvShape(11, 19, 17, 18, kernel, kernel, stride, stride, pad, pad, pad, pad)
     check_conv(shape, isa, batch=2, density=density, tuning=Tuning(block_channels=4), cuts=(0.3, 0.7))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (1, 2), (3, 2)])
+def test_conv2d_rows_longer_than_a_tile(isa: str, stride: int, dilation: int) -> None:
+    """Wide, flat images, where kernel rows have strips of their own."""
+    check_conv(ConvShape(5, 9, 1500, 3, 3, 3, stride, stride, 1, 1, 1, 1, dilation, dilation), isa, tuning=Tuning(block_channels=2))
 
 
 def pairs(low: int, high: int, size: int = 2) -> st.SearchStrategy[tuple[int, ...]]:
@@ -228,12 +236,24 @@ def test_gaps_decode() -> None:
     assert col_indices.tolist() == [1, 3, 1] and row_ptr.tolist() == [0, 2, 2, 3]
 
 
+def test_absurd_claims_allocate_nothing() -> None:
+    """An empty matrix of 2^17 rows and 2^24 columns would take 16 GiB of row pointers."""
+    empty = {"values": np.zeros(0, np.float32), "col_indices": np.zeros(0, np.int32), "row_ptr": np.zeros(2**17 + 1, np.int64)}
+    with pytest.raises(KernelError, match="beyond the 32-bit offsets"):
+        native.gemm(2**17, 2**24, empty)
+
+
 def test_wrong_arrays_are_an_error() -> None:
     layer = native.gemm(2, 3, broken())
     with pytest.raises(KernelError, match=r"x: expected float32 \[4, 3\]"):
         layer.run(np.zeros((4, 5), np.float32))
     with pytest.raises(KernelError, match="bias"):
         layer.run(np.zeros((4, 3), np.float32), np.zeros(3, np.float32))
+    with pytest.raises(KernelError, match="writable"):
+        layer.run(np.zeros((4, 3), np.float32), out=np.frombuffer(bytes(32), np.float32).reshape(4, 2))
+    with pytest.raises(KernelError, match="bound"):
+        layer.run(np.zeros((4, 3), np.float32), minimum=1.0, maximum=0.0)
+    assert layer.run(np.zeros((0, 3), np.float32)).shape == (0, 2)
     with pytest.raises(KernelError, match="unknown ISA"):
         native.gemm(2, 3, broken(), isa="mmx")
 

@@ -121,6 +121,16 @@ def test_attributes_out_of_range_are_refused() -> None:
     assert "weight_shape" in why and "first" in why, "field and node are named"
 
 
+def test_a_name_that_contradicts_the_attributes_is_refused() -> None:
+    """A stock runtime goes by the name's function body, so the two must say the same."""
+    model = mutate.model()
+    next(a for a in model.graph.node[0].attribute if a.name == "activation").s = b"None"
+    assert "contradicts" in (mutate.survives(model) or "")
+    model = mutate.model()
+    next(a for a in model.graph.node[1].attribute if a.name == "max").f = -2.0
+    assert "min <= max" in (mutate.survives(model) or "")
+
+
 def test_mutations() -> None:
     ran, refused = mutate.main(300)
     assert ran + refused == 300 and min(ran, refused) > 10

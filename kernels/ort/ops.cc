@@ -1,14 +1,13 @@
 // ONNX Runtime operators of domain ai.ticketkit (version 1) over the kernels of ticketkit.h: SparseConv and SparseGemm, each under one
 // name for every function body a file may carry, such as SparseConvAddRelu (kNames).
 //
-//   inputs      X f32, values f32 [nnz], gaps u16 [nnz] (see tk_gaps_decode), B f32 [out], and for SparseConv optionally Z f32, a residual
+//   inputs      X f32, values f32 [nnz], gaps u16 [nnz] (see tk_gaps_decode), B f32 [out], and for SparseConvAdd* Z f32, the residual
 //   attributes  weight_shape, activation "None" | "Relu" | "Clip" (with min, max); SparseConv: strides [2], pads [4], dilations [2]
 //
 // values, gaps and B must be initializers. They are validated when the session is made; a layer is packed when it first meets an image
 // size. Work is split over ONNX Runtime's own threads; the session option "ai.ticketkit.threads" says how many (default: one per core).
 #include <array>
 #include <atomic>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <iterator>
@@ -98,14 +97,18 @@ class Job {
 struct Operator : CustomOp {
   const Api* api = nullptr;
   const char* name = nullptr;
-  bool is_conv = false;
+  bool is_conv = false, has_residual = false;
   int64_t threads = 1;
+
+  // The activation in the name: "", "Relu" or "Clip".
+  const char* suffix() const { return name + std::strlen(has_residual ? "SparseConvAdd" : "SparseConv"); }
 };
 
 // A node of the graph: what its attributes say and its packed forms, one per image size met.
 class Node {
  public:
-  Node(const Operator& op, const Api* api, const KernelInfo* info) : api_(api), is_conv_(op.is_conv), threads_(op.threads) {
+  Node(const Operator& op, const Api* api, const KernelInfo* info)
+      : api_(api), is_conv_(op.is_conv), has_residual_(op.has_residual), threads_(op.threads) {
     if (tk_isa_active(&isa_) != TK_OK) {
       const char* forced = std::getenv("TICKETKIT_ISA");
       fail(kInvalidArgument, std::string("TICKETKIT_ISA=") + (forced ? forced : "") + " is unknown or cannot run here");
@@ -120,7 +123,7 @@ class Node {
       check_range("dilations", dilations_, 1);
     }
     check_range("weight_shape", shape_, 1);
-    read_activation(info);
+    read_activation(info, op.suffix());
     const Tensor values = constant(info, 1, "values"), gaps = constant(info, 2, "gaps");
     check_bias(constant(info, 3, "B"));  // first: it bounds what the decoder allocates
     decode(values, gaps, rows(), cols());
@@ -129,10 +132,7 @@ class Node {
   void compute(KernelContext* context) {
     const Tensor x = input(context, 0), bias = input(context, 3);
     const std::vector<int64_t> y_shape = output_shape(x);
-    size_t inputs = 0;
-    check(api_, input_count(api_, context, &inputs));
-    Tensor residual;
-    if (inputs > 4) residual = input(context, 4);
+    const Tensor residual = has_residual_ ? input(context, 4) : Tensor{};
     if (residual.data && residual.shape != y_shape)
       fail(kInvalidArgument, "Z: expected " + text(y_shape) + " like Y, got " + text(residual.shape));
     Value* y = nullptr;
@@ -174,7 +174,8 @@ class Node {
     }
   }
 
-  void read_activation(const KernelInfo* info) {
+  // `suffix`: what the operator's name says of the activation; a stock runtime goes by the name's function body.
+  void read_activation(const KernelInfo* info, const char* suffix) {
     char name[16] = "";
     size_t size = sizeof(name);
     check(api_, attribute_string(api_, info, "activation", name, &size));
@@ -186,6 +187,9 @@ class Node {
     } else if (std::strcmp(name, "None") != 0) {
       fail(kInvalidGraph, std::string("activation: expected None, Relu or Clip, got ") + name);
     }
+    if (std::strcmp(*suffix ? suffix : "None", name) != 0)
+      fail(kInvalidGraph, std::string("activation: ") + name + " contradicts the operator's name");
+    if (!(min_ <= max_)) fail(kInvalidGraph, "min, max: expected min <= max, got " + std::to_string(min_) + " and " + std::to_string(max_));
   }
 
   Tensor constant(const KernelInfo* info, size_t index, const char* name) const {
@@ -249,7 +253,7 @@ class Node {
   }
 
   const Api* api_;
-  const bool is_conv_;
+  const bool is_conv_, has_residual_;
   const int64_t threads_;
   int32_t isa_ = 0;
   std::vector<int64_t> shape_, strides_, pads_, dilations_;
@@ -271,20 +275,21 @@ void describe(Operator* op, const Api* api, const char* name, int64_t threads) {
   op->api = api;
   op->name = name;
   op->is_conv = std::strncmp(name, "SparseConv", 10) == 0;
+  op->has_residual = std::strncmp(name, "SparseConvAdd", 13) == 0;
   op->threads = threads;
   op->version = kApiVersion;
   op->get_name = [](const CustomOp* self) { return static_cast<const Operator*>(self)->name; };
   op->get_execution_provider = [](const CustomOp*) -> const char* { return nullptr; };
   op->get_input_type = [](const CustomOp*, size_t index) { return index == 2 ? kUint16 : kFloat; };
-  op->get_input_count = [](const CustomOp* self) -> size_t { return static_cast<const Operator*>(self)->is_conv ? 5 : 4; };
+  op->get_input_count = [](const CustomOp* self) -> size_t { return static_cast<const Operator*>(self)->has_residual ? 5 : 4; };
   op->get_output_type = [](const CustomOp*, size_t) { return kFloat; };
   op->get_output_count = [](const CustomOp*) -> size_t { return 1; };
-  op->get_input_characteristic = [](const CustomOp*, size_t index) { return index == 4 ? kOptional : kRequired; };
+  op->get_input_characteristic = [](const CustomOp*, size_t) { return kRequired; };
   op->get_output_characteristic = [](const CustomOp*, size_t) { return kRequired; };
   op->get_input_memory_type = [](const CustomOp*, size_t) { return 0; };
   op->get_start_version = [](const CustomOp*) { return 1; };
   op->get_end_version = [](const CustomOp*) { return 1; };
-  if (std::strncmp(name, "SparseConvAdd", 13) == 0) {  // Y may take the memory of Z: less to fetch, and its rows are at hand
+  if (op->has_residual) {  // Y may take the memory of Z: less to fetch, and its rows are at hand
     op->get_may_inplace = [](int** inputs, int** outputs) -> size_t {
       *inputs = new int[1]{4};
       *outputs = new int[1]{0};
@@ -316,7 +321,7 @@ void describe(Operator* op, const Api* api, const char* name, int64_t threads) {
 constexpr const char* kNames[] = {"SparseConv",        "SparseConvRelu", "SparseConvClip", "SparseConvAdd", "SparseConvAddRelu",
                                   "SparseConvAddClip", "SparseGemm",     "SparseGemmRelu", "SparseGemmClip"};
 
-// One domain per thread count, made once and kept for the life of the process, as ONNX Runtime demands of registered operators.
+// One domain per thread count (and onnxruntime: a process may hold two copies), made once and kept for the life of the process, as ONNX Runtime demands of registered operators.
 struct Domain {
   std::array<Operator, std::size(kNames)> operators;
   CustomOpDomain* handle = nullptr;
@@ -340,9 +345,10 @@ int64_t threads_of(const Api* api, const SessionOptions* options) {
 
 CustomOpDomain* domain_for(const Api* api, int64_t threads) {
   static std::mutex mutex;
-  static std::map<int64_t, std::unique_ptr<Domain>>* const domains = new std::map<int64_t, std::unique_ptr<Domain>>;
+  using Domains = std::map<std::pair<const Api*, int64_t>, std::unique_ptr<Domain>>;
+  static Domains* const domains = new Domains;
   const std::lock_guard<std::mutex> lock(mutex);
-  std::unique_ptr<Domain>& slot = (*domains)[threads];
+  std::unique_ptr<Domain>& slot = (*domains)[{api, threads}];
   if (!slot) {
     auto made = std::make_unique<Domain>();
     check(api, create_domain(api, "ai.ticketkit", &made->handle));
@@ -363,8 +369,8 @@ extern "C" TK_API tk::ort::Status* RegisterCustomOps(tk::ort::SessionOptions* op
   using namespace tk::ort;
   const Api* const api = base->get_api(kApiVersion);
   if (!api) {
-    std::fprintf(stderr, "ticketkit: onnxruntime %s is too old; 1.18 or newer is needed\n", base->get_version_string());
-    return nullptr;
+    const std::string text = std::string("ticketkit: onnxruntime ") + base->get_version_string() + " is too old; 1.18 or newer is needed";
+    return create_status(base->get_api(1), kFail, text.c_str());  // slot 0, there in every version
   }
   return guarded(api, [&] { check(api, add_domain(api, options, domain_for(api, threads_of(api, options)))); });
 }

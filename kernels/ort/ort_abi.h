@@ -21,7 +21,7 @@ struct CustomOpDomain;
 
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2, kInvalidGraph = 10 };
 enum ElementType : int { kFloat = 1, kUint16 = 4 };
-enum Characteristic : int { kRequired = 0, kOptional = 1 };
+enum Characteristic : int { kRequired = 0 };
 
 struct Api {
   void (*slot[275])();
@@ -77,7 +77,6 @@ struct CustomOp {
   TK_ORT(65, tensor_info, Status*, (const Value*, TensorInfo**))                             \
   TK_ORT(85, attribute_float, Status*, (const KernelInfo*, const char*, float*))             \
   TK_ORT(87, attribute_string, Status*, (const KernelInfo*, const char*, char*, size_t*))    \
-  TK_ORT(88, input_count, Status*, (const KernelContext*, size_t*))                          \
   TK_ORT(90, input, Status*, (const KernelContext*, size_t, const Value**))                  \
   TK_ORT(91, output, Status*, (KernelContext*, size_t, const int64_t*, size_t, Value**))     \
   TK_ORT(93, release_status, void, (Status*))                                                \

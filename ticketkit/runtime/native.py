@@ -5,8 +5,10 @@ Everything here works on numpy arrays and raises KernelError (library, ISA, buff
 
 from __future__ import annotations
 
+import contextlib
 import ctypes as c
 import functools
+import importlib.metadata
 import itertools
 import os
 import sys
@@ -116,11 +118,21 @@ def library_path() -> Path:
     Raises KernelError where there is none.
     """
     forced = os.environ.get("TICKETKIT_LIBRARY")
-    path = Path(forced) if forced else Path(__file__).with_name(f"libticketkit{_SUFFIX}")
+    path = Path(forced) if forced else _installed_library()
     if not path.is_file():
         source = "named by $TICKETKIT_LIBRARY" if forced else "of the installed package"
         raise KernelError(f"native library {source} not found at {path}; reinstall ticketkit (pip install .) so that kernels/ is built")
     return path
+
+
+def _installed_library() -> Path:
+    """Beside this file; for a checkout imported from its own folder, where pip put the package."""
+    name = f"libticketkit{_SUFFIX}"
+    beside = Path(__file__).with_name(name)
+    if not beside.is_file():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return Path(str(importlib.metadata.distribution("ticketkit").locate_file(f"ticketkit/runtime/{name}")))
+    return beside
 
 
 @functools.cache
@@ -174,7 +186,7 @@ def kernels() -> list[str]:
 
 
 def aligned(count_bytes: int) -> NDArray[np.uint8]:
-    """Zeroed bytes that start on a TK_ALIGNMENT boundary."""
+    """Zeroed bytes that start on a TK_ALIGNMENT boundary and, where they are a multiple of it, end with their allocation."""
     raw = np.zeros(count_bytes + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
     return raw[start : start + count_bytes]
@@ -215,7 +227,8 @@ class Layer:
         """clip(op(x) + bias + residual) for x f32 [batch, *in_shape]; returns f32 [batch, *out_shape], written to `out` if given.
 
         bias is f32 [out_shape[0]], residual has the shape of the result; `cuts` are the part numbers at which the work is split into
-        separate calls (the result does not depend on them). Raises KernelError for a wrong shape or dtype.
+        separate calls (the result does not depend on them). `out` may be the residual, but not overlap x. Raises KernelError for a wrong
+        shape or dtype, an `out` that cannot be written, minimum > maximum.
         """
         batch = x.shape[0] if x.ndim else 0
         y = np.empty((batch, *self.out_shape), np.float32) if out is None else out
@@ -223,6 +236,10 @@ class Layer:
         _float_array(bias, self.out_shape[:1], "bias")
         _float_array(residual, (batch, *self.out_shape), "residual")
         _float_array(y, (batch, *self.out_shape), "out")
+        if not y.flags.writeable or np.may_share_memory(x, y):
+            raise KernelError("out: expected a writable array that does not overlap x")
+        if batch == 0:
+            return y
         scratch = aligned(self.workspace_bytes)
         args = _Args(batch, x.ctypes.data, None if bias is None else bias.ctypes.data,
                      None if residual is None else residual.ctypes.data, y.ctypes.data, minimum, maximum)  # fmt: skip
@@ -292,7 +309,9 @@ def gemm(rows: int, cols: int, parts: Parts, *, isa: str | None = None) -> Layer
 
 def gaps_decode(rows: int, cols: int, gaps: NDArray[np.uint16]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """col_indices i32 [nnz] and row_ptr i64 [rows + 1] of gap-coded positions u16 [nnz]. Raises FormatError."""
-    gaps = np.ascontiguousarray(gaps, np.uint16)
+    if gaps.dtype != np.uint16 or gaps.ndim != 1:
+        raise FormatError(f"gaps: expected a one-dimensional uint16 array, got {gaps.dtype} {list(gaps.shape)}")
+    gaps = np.ascontiguousarray(gaps)
     if not 1 <= rows < 2**31:
         raise FormatError(f"rows: expected 1 … 2^31 - 1, got {rows}")
     col_indices, row_ptr = np.empty(len(gaps), np.int32), np.empty(rows + 1, np.int64)
