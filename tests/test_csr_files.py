@@ -11,11 +11,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from graphs import Array, conv_net
+from graphs import Array, conv_net, graph, node
 from safetensors.numpy import load as from_safetensors
 from safetensors.numpy import save as to_safetensors
 
-from ticketkit.errors import FormatError
+from ticketkit.errors import ExportError, FormatError
 from ticketkit.exporters import csr, export
 from ticketkit.lower import lower, read
 
@@ -51,6 +51,12 @@ def test_csr_arrays_are_scipys_and_torchs(csr_file: Path, source: Path) -> None:
             np.testing.assert_array_equal(theirs.toarray(), matrix)
             torchs = torch.sparse_csr_tensor(*(torch.tensor(parts[k]) for k in ("row_ptr", "col_indices", "values")), size=matrix.shape)
             np.testing.assert_array_equal(torchs.to_dense().numpy(), matrix)
+
+
+def test_a_network_without_layers_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"no layer with constant float32 weights.*onnx-dense"):
+        export(graph([node("Relu", "x", "y")], {"x": ["N", 3, 8, 8]}, ["y"], {}), tmp_path / "net.safetensors", format="csr")
+    assert not list(tmp_path.iterdir())
 
 
 def header_of(data: bytes) -> dict[str, object]:

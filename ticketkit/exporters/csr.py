@@ -27,7 +27,7 @@ from safetensors.numpy import load as from_safetensors
 from safetensors.numpy import save as to_safetensors
 
 from ticketkit import __version__, formats
-from ticketkit.errors import FormatError
+from ticketkit.errors import ExportError, FormatError
 from ticketkit.exporters._check import require_equal
 from ticketkit.formats import Array, finite
 from ticketkit.lower import Layer, Network
@@ -66,7 +66,16 @@ class Weights:
 
 
 def encode(network: Network, plan: Plan) -> bytes:
-    """The bytes of the file: every layer of the network, whatever the plan chose for speed."""
+    """The bytes of the file: every layer of the network, whatever the plan chose for speed.
+
+    Raises:
+        ExportError: the network has no layers.
+    """
+    if not network.layers:
+        raise ExportError(
+            "no layer with constant float32 weights to write: export the model in float32, its weights not behind Cast nodes,"
+            " or use --format onnx-dense"
+        )
     tensors: dict[str, Array] = {}
     described = []
     for layer in network.layers:
