@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -68,7 +67,7 @@ def tampered(data: bytes, change: Callable[[dict[str, Array], dict[str, object]]
     """The file with tensors or header changed and its hash made right again, so that only the checks of the format can object."""
     tensors, header = from_safetensors(data), header_of(data)
     change(tensors, header)
-    header["sha256"] = csr._digest(tensors)
+    header["sha256"] = csr._digest(header, tensors)
     return to_safetensors(tensors, {csr.KEY: json.dumps(header)})
 
 
@@ -97,6 +96,7 @@ CSR_DAMAGE = [
     (lambda tensors, header: header.update(format=2), "expected CSR file format 1, got 2"),
     (lambda tensors, header: header.update(layers=[{"shape": [1]}]), "malformed entry"),
     (lambda tensors, header: header.update(layers=[7]), "malformed entry"),
+    (lambda tensors, header: header.pop("layers"), "layers: expected a list"),
     (entry("format", "ell"), "expected format csr or dense"),
     (entry("shape", [10**9, 10**9, 1, 1]), "row_ptr|weight_shape|values"),
     (entry("shape", ["a"]), "shape of ints"),
@@ -123,17 +123,17 @@ def test_a_damaged_csr_file_names_the_field(
 def test_flipped_bits_and_truncation_of_a_csr_file(csr_file: Path, tmp_path: Path) -> None:
     data, rng = csr_file.read_bytes(), np.random.default_rng(0)
     body = 8 + int.from_bytes(data[:8], "little")
-    whole = hashlib.sha256(repr({k: w.weight().tobytes() for k, w in csr.load(data).items()}).encode()).digest()
+    stride = data.index(b'strides\\":[') + len(b'strides\\":[')  # 1 becomes 3: still a valid file, but for its hash
+    with pytest.raises(FormatError, match="sha256 differs"):
+        csr.load(data[:stride] + bytes([data[stride] ^ 2]) + data[stride + 1 :])
     for at in (*rng.integers(0, body, 200), *rng.integers(body, len(data), 50)):
         flipped = bytearray(data)
         flipped[at] ^= 1 << int(rng.integers(8))
         try:
-            layers = csr.load(bytes(flipped))
+            csr.load(bytes(flipped))
         except FormatError:
             continue
-        assert at < body, "a flipped weight must be noticed"
-        if layers.keys() == csr.load(data).keys():
-            assert hashlib.sha256(repr({k: w.weight().tobytes() for k, w in layers.items()}).encode()).digest() == whole
+        raise AssertionError(f"the bit flipped at {at} was not noticed")
     for end in (0, 5, 100, len(data) - 1):
         with pytest.raises(FormatError, match="truncated"):
             csr.load(data[:end])

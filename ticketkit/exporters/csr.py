@@ -6,8 +6,8 @@ Tensors, for each layer NAME
     ``NAME.bias``   f32 [M]       absent where the network computes it at run time
 
 Metadata, one key ``ticketkit.csr``, JSON: ``format`` 1, ``layers`` [{name, op, shape, format, group, strides, pads, dilations}] in
-execution order, ``sha256`` over the tensors, ``version`` of ticketkit. ``scipy.sparse.csr_array((values, col_indices, row_ptr))`` and
-``torch.sparse_csr_tensor(row_ptr, col_indices, values)`` take the arrays as they are; the matrix of a convolution is [M, C*kh*kw].
+execution order, ``version`` of ticketkit, ``sha256`` over all of these and the tensors.
+``scipy.sparse.csr_array((values, col_indices, row_ptr))`` and ``torch.sparse_csr_tensor(row_ptr, col_indices, values)`` take the arrays as they are; the matrix of a convolution is [M, C*kh*kw].
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def encode(network: Network, plan: Plan) -> bytes:
         tensors |= {f"{layer.name}.{part}": array for part, array in parts.items()}
         where = {"name": layer.name, "op": layer.op, "shape": layer.weight.shape, "format": chosen, "group": layer.group}
         described.append({**where, **layer.window})
-    header = {"format": FORMAT, "version": __version__, "sha256": _digest(tensors), "layers": described}
+    header: dict[str, Any] = {"format": FORMAT, "version": __version__, "layers": described}
+    header["sha256"] = _digest(header, tensors)
     data: bytes = to_safetensors(tensors, {KEY: json.dumps(header, separators=(",", ":"))})
     return data
 
@@ -113,15 +114,17 @@ def load(source: str | os.PathLike[str] | bytes) -> dict[str, Weights]:
         raise FormatError(f"{where}: a safetensors file without {KEY!r} metadata; expected one of `ticketkit export --format csr`")
     if header.get("format") != FORMAT:
         raise FormatError(f"{where}: expected CSR file format {FORMAT}, got {header.get('format')}; upgrade ticketkit")
+    if not isinstance(header.get("layers"), list):
+        raise FormatError(f"{where}: layers: expected a list, got {header.get('layers')}; the file is damaged, copy it again")
     layers: dict[str, Weights] = {}
-    for entry in header.get("layers", []):
+    for entry in header["layers"]:
         try:
             layers[entry["name"]] = _layer(entry, tensors)
         except FormatError as error:
             raise FormatError(f"{where}: {entry['name']}: {error}") from None
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"{where}: layers: malformed entry {entry} ({error!r})") from None
-    if header.get("sha256") != _digest(tensors):
+    if header.get("sha256") != _digest(header, tensors):
         raise FormatError(f"{where}: sha256 differs from the one in its header: the file is damaged, copy it again")
     return layers
 
@@ -179,8 +182,10 @@ def _put_back(model: ModelProto, node: NodeProto, name: str, weights: Weights) -
     model.graph.initializer.extend(numpy_helper.from_array(array, key) for key, array in arrays.items())
 
 
-def _digest(tensors: Mapping[str, Array]) -> str:
-    state = hashlib.sha256()
+def _digest(header: Mapping[str, Any], tensors: Mapping[str, Array]) -> str:
+    """sha256 over the header, but for the hash itself, and the tensors."""
+    described = {key: value for key, value in header.items() if key != "sha256"}
+    state = hashlib.sha256(json.dumps(described, sort_keys=True, separators=(",", ":")).encode())
     for name in sorted(tensors):
         state.update(f"{name}\0{tensors[name].dtype.str}\0{list(tensors[name].shape)}\0".encode())
         state.update(np.ascontiguousarray(tensors[name]).tobytes())
