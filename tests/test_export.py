@@ -132,14 +132,15 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     module = models.build(model, 10, 32)
     rule = {"mean": [0.5] * 3, "std": [0.25] * 3, "classes": [f"kind {i}" for i in range(10)]}
-    (path / "run.json").write_text(json.dumps({"model": model, "num_classes": 10, "input_shape": [3, 32, 32], **rule}))
+    (path / "run.json").write_text(json.dumps({"model": model, "num_classes": 10, "input_shape": [3, 32, 32], "threads": 1, **rule}))
     for k, sparsity in enumerate((0.0, 0.95)):
         masks, home = prune(module, models.prunable(model, module), sparsity), path / f"round_{k:02d}"
         home.mkdir()
         ticket = Ticket(masks, models.arrays(module), {"model": model, "head": ["linear"]})
         ticket.save(home / "ticket.safetensors")
         (home / "weights.safetensors").write_bytes(to_safetensors(ticket.merge()))
-    (path / "rounds.jsonl").write_text("".join(json.dumps({"round": k, "metric": 0.5}) + "\n" for k in range(2)))
+    row = {"metric_name": "accuracy", "metric": 0.5, "sparsity": 0.0, "sparsity_model": 0.0, "kept": 0, "seconds": 1.0}
+    (path / "rounds.jsonl").write_text("".join(json.dumps({"round": k, **row}) + "\n" for k in range(2)))
     return path
 
 

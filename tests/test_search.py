@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SMALL_RUN
+from safetensors.numpy import save
 from small import DIGITS, TINY, everything, settings, start
 
 torch = pytest.importorskip("torch")
@@ -180,6 +181,59 @@ def test_damaged_run_directory_is_one_clear_line(small_run: Path, tmp_path: Path
     (run / file).write_bytes(content)
     with pytest.raises(TicketError, match=file) as caught:
         load_round(run)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", [None, "model", "num_classes", "input_shape", "mean", "std", "classes", "threads"])
+@pytest.mark.parametrize("value", [None, {}])
+def test_incomplete_run_json_is_one_clear_line(small_run: Path, tmp_path: Path, key: str | None, value: object) -> None:
+    run = copied(small_run, tmp_path)
+    config = json.loads((run / "run.json").read_text())
+    damaged = {} if key is None else {**config, key: value} if value is not None else {k: v for k, v in config.items() if k != key}
+    (run / "run.json").write_text(json.dumps(damaged))
+    for use in (lambda: load_round(run), lambda: find("digits", out=run, **SMALL_RUN)):
+        with pytest.raises(TicketError, match=f"run.json: expected '{key or 'model'}'") as caught:
+            use()
+        assert "\n" not in str(caught.value) and "choose another --out" in str(caught.value)
+
+
+@pytest.mark.parametrize(("key", "value"), [("round", None), ("round", 2), ("metric", None), ("metric", "x"), ("kept", None)])
+def test_incomplete_row_is_one_clear_line(small_run: Path, tmp_path: Path, key: str, value: object) -> None:
+    run = copied(small_run, tmp_path)
+    rows = rows_of(run)
+    rows[1] = {**rows[1], key: value}
+    (run / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = "round 1 in line 2" if value == 2 else f"'{key}'"
+    for use in (lambda: load_round(run), lambda: find("digits", out=run, **SMALL_RUN)):
+        with pytest.raises(TicketError, match=rf"rounds\.jsonl: expected {words}") as caught:
+            use()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["none", "position", "rng", "module", "seconds", "shape", "unknown", "short rng", "truncated"])
+def test_damaged_state_is_one_clear_line(tmp_path: Path, damage: str) -> None:
+    options = {**TINY, "rounds": 0, "steps": 2}
+    run = RunDir(tmp_path / "run")
+
+    class Stop(Progress):
+        def step(self, round: int, sparsity: float, loss: float, accuracy: float) -> None:
+            if (run.path / "state.safetensors").exists():
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        find("digits", out=run.path, checkpoint_seconds=0, progress=Stop(), **options)
+    path = run.path / "state.safetensors"
+    tensors, metadata = read_safetensors(path)
+    if damage in ("position", "rng", "module"):
+        tensors = {name: array for name, array in tensors.items() if name.partition("/")[0] != damage}
+    changed = {"shape": {"position": np.zeros(1, np.int64)}, "unknown": {"else": np.zeros(1)}, "short rng": {"rng": np.zeros(3, np.uint8)}}
+    whole = save({**tensors, **changed.get(damage, {})}, {} if damage == "seconds" else metadata)
+    path.write_bytes(whole[:-9] if damage == "truncated" else whole)
+    if damage == "none":
+        assert len(find("digits", out=run.path, **options).rows) == 1
+        return
+    with pytest.raises(TicketError, match=r"state\.safetensors: .*delete it, only the round in progress is lost") as caught:
+        find("digits", out=run.path, **options)
     assert "\n" not in str(caught.value)
 
 

@@ -96,7 +96,10 @@ class Search:
         saved = self.run.state(training.round)
         if saved is None:
             return 0.0
-        training.load(saved[0])
+        try:
+            training.load(saved[0])
+        except (ModelError, KeyError, RuntimeError, TypeError) as error:  # tensors of other names, shapes or types
+            raise self.run.unusable_state(error) from None
         return saved[1]
 
     def finish(self, k: int, masks: Masks, seconds: float) -> None:

@@ -10,9 +10,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -25,8 +26,39 @@ from ticketkit.ticket import Ticket, read_safetensors, write_atomic
 
 Arrays = dict[str, NDArray[Any]]
 Row = dict[str, Any]
+Keys = Mapping[str, tuple[str, Callable[[Any], bool]]]  # key of a JSON object: what it must be, in words and as a test
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and value > 0
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_number, value))
+
+
+# What readers of a run rely on.
+CONFIG: Keys = {
+    "model": ("a name", lambda value: isinstance(value, str)),
+    "num_classes": ("a positive integer", _count),
+    "input_shape": ("[C, H, W]", lambda value: isinstance(value, list) and len(value) == 3 and all(map(_count, value))),
+    "mean": ("a list of numbers", _numbers),
+    "std": ("a list of numbers", _numbers),
+    "classes": ("a list of names", lambda value: isinstance(value, list)),
+    "threads": ("a positive integer", _count),
+}
+ROW: Keys = {
+    "round": ("an integer", lambda value: isinstance(value, int)),
+    "metric_name": ("a name", lambda value: isinstance(value, str)),
+    **dict.fromkeys(("metric", "sparsity", "sparsity_model", "kept", "seconds"), ("a number", _number)),
+}
 # May differ when a run is taken up again: how far it goes, where its files lie, and what only describes it.
 FREE = {"rounds", "threads", "version", "weights", "weights_remarks", "classes"}
+INTACT = "restore the file or choose another --out; the rounds' own folders are still there"
 
 
 class RunDir:
@@ -67,13 +99,18 @@ class RunDir:
             raise TicketError(f"{self.path} is not empty and holds no run; choose another --out")
 
     def config(self) -> dict[str, Any]:
-        """The content of run.json."""
-        return dict(self._json(self.path / "run.json", self._read(self.path / "run.json")))
+        """The content of run.json; TicketError where it is missing, damaged or incomplete."""
+        path = self.path / "run.json"
+        return self._json(path, self._read(path), CONFIG)
 
     def rows(self) -> list[Row]:
-        """The finished rounds, in order."""
+        """The finished rounds, in order; TicketError where a line is damaged, incomplete or missing."""
         path = self.path / "rounds.jsonl"
-        return [self._json(path, line) for line in self._read(path).splitlines()] if path.exists() else []
+        rows = [self._json(path, line, ROW) for line in self._read(path).splitlines()] if path.exists() else []
+        for k, row in enumerate(rows):
+            if row["round"] != k:
+                raise TicketError(f"{path}: expected round {k} in line {k + 1}, got round {row['round']}; {INTACT}")
+        return rows
 
     def finish(self, row: Row, weights: Arrays, ticket: Ticket) -> None:
         """Keep a finished round. The line in rounds.jsonl comes last: without it the round is done again from its state."""
@@ -98,12 +135,31 @@ class RunDir:
         write_atomic(self.path / "state.safetensors", to_safetensors(state, {"seconds": json.dumps(seconds)}))
 
     def state(self, round: int) -> tuple[Arrays, float] | None:
-        """The state of `round` in progress and the seconds spent on it, if there is one."""
-        path = self.path / "state.safetensors"
-        if not path.exists():
+        """The state of `round` in progress and the seconds spent on it, if there is one.
+
+        Raises:
+            TicketError: the file is damaged or lacks something.
+        """
+        if not (self.path / "state.safetensors").exists():
             return None
-        tensors, metadata = read_safetensors(path)
-        return (tensors, float(metadata["seconds"])) if tensors["position"][0] == round else None
+        try:
+            tensors, metadata = read_safetensors(self.path / "state.safetensors")
+            at, step = map(int, tensors["position"])
+            seconds = float(metadata["seconds"])
+            if step < 0 or tensors["rng"].ndim != 1 or not math.isfinite(seconds):
+                raise ValueError(f"step {step}, random numbers {list(tensors['rng'].shape)}, {seconds} seconds")
+        except (TicketError, KeyError, ValueError, TypeError) as error:
+            raise self.unusable_state(error) from None
+        return (tensors, seconds) if at == round else None
+
+    def unusable_state(self, error: Exception) -> TicketError:
+        """The error for a state that cannot be gone on from."""
+        path = self.path / "state.safetensors"
+        reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        return TicketError(
+            f"{path}: expected the state of a round in progress, got a damaged file ({reason}); "
+            "delete it, only the round in progress is lost"
+        )
 
     def save_rewind(self, weights: Arrays) -> None:
         """Keep the weights that rounds rewind to."""
@@ -126,13 +182,17 @@ class RunDir:
         except (OSError, UnicodeDecodeError):
             raise TicketError(f"{path}: cannot be read; expected the run directory of `ticketkit find`") from None
 
-    def _json(self, path: Path, text: str) -> Row:
+    def _json(self, path: Path, text: str, keys: Keys) -> Row:
         try:
             value = json.loads(text)
-        except ValueError as error:
-            raise TicketError(f"{path}: damaged ({error}); the rounds' own folders are still there") from None
+        except (ValueError, RecursionError) as error:
+            raise TicketError(f"{path}: damaged ({error}); {INTACT}") from None
         if not isinstance(value, dict):
-            raise TicketError(f"{path}: expected a JSON object, got {_short(value)}")
+            raise TicketError(f"{path}: expected a JSON object, got {_short(value)}; {INTACT}")
+        for key, (words, holds) in keys.items():
+            if key not in value or not holds(value[key]):
+                got = _short(value[key]) if key in value else "none"
+                raise TicketError(f"{path}: expected {key!r} to be {words}, got {got}; {INTACT}")
         return value
 
 

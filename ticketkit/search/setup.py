@@ -133,7 +133,7 @@ def torch_threads(threads: int | None, run: RunDir) -> Iterator[None]:
     if threads is not None and threads < 1:
         raise TicketError(f"--threads: expected at least 1, got {threads}")
     before = torch.get_num_threads()
-    began = int(run.config()["threads"]) if (run.path / "run.json").exists() else before
+    began = run.config()["threads"] if (run.path / "run.json").exists() else before
     torch.set_num_threads(threads or began)
     try:
         yield
