@@ -7,7 +7,8 @@ Tensors, for each layer NAME
 
 Metadata, one key ``ticketkit.csr``, JSON: ``format`` 1, ``layers`` [{name, op, shape, format, group, strides, pads, dilations}] in
 execution order, ``version`` of ticketkit, ``sha256`` over all of these and the tensors.
-``scipy.sparse.csr_array((values, col_indices, row_ptr))`` and ``torch.sparse_csr_tensor(row_ptr, col_indices, values)`` take the arrays as they are; the matrix of a convolution is [M, C*kh*kw].
+``scipy.sparse.csr_array((values, col_indices, row_ptr))`` and ``torch.sparse_csr_tensor(row_ptr, col_indices, values)`` take
+the arrays as they are; the matrix of a convolution is [M, C*kh*kw].
 """
 
 from __future__ import annotations
