@@ -11,7 +11,8 @@ from graphs import conv_net
 from onnx import helper, numpy_helper
 
 from ticketkit.errors import FormatError, ModelError, TicketkitError
-from ticketkit.lower import lower, read
+from ticketkit.exporters import export
+from ticketkit.lower import lower, operators, read
 
 
 def changed(**fields: object) -> bytes:
@@ -103,3 +104,23 @@ def test_external_data(tmp_path: Path) -> None:
     (tmp_path / "m.bin").unlink()
     with pytest.raises(TicketkitError):
         read(tmp_path / "m.onnx")
+
+
+def test_every_flipped_bit_of_an_exported_file_is_noticed(tmp_path: Path) -> None:
+    """In weights, attributes, names and function bodies alike; only beyond a damaged hash key are there none to compare."""
+    export(conv_net(channels=64), tmp_path / "m.onnx", check=False)
+    data = (tmp_path / "m.onnx").read_bytes()
+    assert read(data).SerializeToString(deterministic=True) == data
+    key, rng = data.index(operators.DIGEST.encode()), np.random.default_rng(0)
+    texts = [data.index(text) for text in (b"strides", b"SparseConv", b"GlobalAveragePool")]
+    for at in (*texts, *rng.integers(0, len(data), 100)):
+        flipped = bytearray(data)
+        flipped[at] ^= 1 << int(rng.integers(8))
+        if not key - 4 <= at < key + len(operators.DIGEST):
+            with pytest.raises(TicketkitError):
+                read(bytes(flipped))
+    model = onnx.load_from_string(data)
+    sparse = next(operators.nodes(model))
+    next(a for a in sparse.attribute if a.name == "strides").ints[0] = 3
+    with pytest.raises(FormatError, match="sha256 differs"):
+        read(model.SerializeToString())

@@ -48,7 +48,7 @@ def decode(data: bytes, network: Network) -> ModelProto:
 
 
 def finish(model: ModelProto) -> bytes:
-    """Serialize with ticketkit's name and the hash of the weights, by which `read` knows damage."""
+    """Serialize with ticketkit's name and the hash of the model, by which `read` knows damage."""
     model.producer_name, model.producer_version = "ticketkit", __version__
     model.metadata_props.add(key="ticketkit.version", value=__version__)
     model.metadata_props.add(key=operators.DIGEST, value=digest(model))

@@ -33,7 +33,7 @@ DOMAIN = "ai.ticketkit"
 VERSION = 1
 IR_VERSION = 8  # the first with functions
 CONV, GEMM = "SparseConv", "SparseGemm"
-DIGEST = "ticketkit.sha256"  # metadata key: hash of all initializers, by which `read` knows damage
+DIGEST = "ticketkit.sha256"  # metadata key: hash of the whole model, by which `read` knows damage
 OWN = ("ticketkit.version", DIGEST)  # metadata of the file that was read, not of what is made from it
 WINDOW = ("strides", "pads", "dilations")
 

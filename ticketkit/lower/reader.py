@@ -30,7 +30,7 @@ def read(source: str | os.PathLike[str] | bytes) -> ModelProto:
 
     Raises:
         ModelError: no such file, an opset or size that cannot be handled.
-        FormatError: truncated, damaged or no ONNX at all; a malformed graph or sparse weight; weights that are not those
+        FormatError: truncated, damaged or no ONNX at all; a malformed graph or sparse weight; a model that is not the one
             ticketkit once wrote into the file.
     """
     where = "model" if isinstance(source, bytes) else os.fspath(source)
@@ -53,12 +53,12 @@ def read(source: str | os.PathLike[str] | bytes) -> ModelProto:
 
 
 def digest(model: ModelProto) -> str:
-    """sha256 over the initializers of the graph: name, type, shape and bytes, in order of name."""
-    state = hashlib.sha256()
-    for tensor in sorted(model.graph.initializer, key=lambda t: t.name):
-        state.update(f"{tensor.name}\0{tensor.data_type}\0{list(tensor.dims)}\0".encode())
-        state.update(tensor.raw_data or tensor.SerializeToString(deterministic=True))
-    return state.hexdigest()
+    """sha256 over the deterministic serialization of the model, but for the metadata entry that holds it."""
+    rest = ModelProto()
+    rest.CopyFrom(model)
+    del rest.metadata_props[:]
+    rest.metadata_props.extend(entry for entry in model.metadata_props if entry.key != operators.DIGEST)
+    return hashlib.sha256(rest.SerializeToString(deterministic=True)).hexdigest()
 
 
 def opset(model: ModelProto) -> int:
@@ -134,7 +134,7 @@ def _check_digest(model: ModelProto) -> None:
     for entry in model.metadata_props:
         if entry.key == operators.DIGEST and entry.value != digest(model):
             raise FormatError(
-                "the weights are not those ticketkit wrote (sha256 differs): the file is damaged, copy it again;"
+                "the model is not the one ticketkit wrote (sha256 differs): the file is damaged, copy it again;"
                 f" or edited on purpose, then delete its metadata {operators.DIGEST}"
             )
 
