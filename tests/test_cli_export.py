@@ -194,11 +194,19 @@ def test_run_on_something_bad(cli: Cli, source: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "small.npy", normal(1, 3, 16, 16))
     (tmp_path / "bad.npy").write_bytes(b"\x93NUMPY")
     (tmp_path / "bad.png").write_bytes(b"no image")
+    garbage = b"{'descr': ((((" + b" " * 40
+    (tmp_path / "garbage.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(garbage).to_bytes(2, "little") + garbage)
+    np.savez(tmp_path / "archive.npz", x=normal(1, 3, 32, 32))
+    (tmp_path / "archive.npz").rename(tmp_path / "archive.npy")
+    pytest.importorskip("PIL.Image").new("1", (16000, 16000)).save(tmp_path / "huge.png")
     for words, message in (
         (["-i", tmp_path / "none.npy"], "no such file"),
         (["-i", tmp_path / "small.npy"], "expected shape [N, 3, 32, 32], got [1, 3, 16, 16]"),
         (["-i", tmp_path / "bad.npy"], "not a .npy array"),
+        (["-i", tmp_path / "garbage.npy"], "not a .npy array"),
+        (["-i", tmp_path / "archive.npy"], "not a .npy array"),
         (["-i", tmp_path / "bad.png"], "not a readable image"),
+        (["-i", tmp_path / "huge.png"], "not a readable image"),
         (["-i", "z=x.npy"], "the model has no input 'z'"),
         (["-o", tmp_path / "none" / "y.npz"], "cannot write"),
         (["--std", "1,0,1"], "expected positive numbers"),

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -93,9 +94,10 @@ def read_input(path: Path, shape: Sequence[int | str | None], rule: ImageRule) -
         raise DataError(f"{path}: no such file; expected a .npy array or an image")
     if path.suffix == ".npy":
         try:
-            array: Array = np.load(path, allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise DataError(f"{path}: not a .npy array ({error})") from None
+            with path.open("rb") as file:  # not np.load, which takes an archive of arrays too
+                array: Array = np.lib.format.read_array(file, allow_pickle=False)
+        except (ValueError, OSError, EOFError, MemoryError, OverflowError, SyntaxError, TokenError) as error:  # also of the header
+            raise DataError(f"{path}: not a .npy array ({' '.join(str(error).split())})") from None
         return array
     if len(shape) != 4 or shape[1] not in (1, 3, "channels", None):
         raise DataError(f"{path}: an image needs an input [N, 3, H, W] or [N, 1, H, W], the model has {list(shape)}; give a .npy file")
@@ -114,7 +116,7 @@ def _photograph(path: Path, shape: Sequence[int | str | None], rule: ImageRule) 
     try:
         with Image.open(path) as file:
             image = file.convert("RGB" if channels == 3 else "L")
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: not a readable image ({error})") from None
     if image.size != (width, height):
         shorter = rule.resize or round(max(height, width) / CROP)
