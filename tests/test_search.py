@@ -342,6 +342,8 @@ def test_rewind_steps(point: str, steps: int, expected: int) -> None:
         ({"schedule": "step"}, "--schedule"),
         ({"seed": -1}, "--seed"),
         ({"threads": 0}, "--threads"),
+        ({"checkpoint_seconds": float("nan")}, "--checkpoint-seconds"),
+        ({"checkpoint_seconds": -1.0}, "--checkpoint-seconds"),
         ({"rewind": "late"}, "rewind point"),
         ({"rewind": "early", "steps": 1}, "at least 2 steps"),
     ],

@@ -182,6 +182,8 @@ def find(
         KeyboardInterrupt: after Ctrl-C, once the state is on disk.
     """
     chosen, count = tasks.get(task), setup.rounds(rounds, sparsity, rate)
+    if not checkpoint_seconds >= 0.0:  # "not >=": NaN too
+        raise TicketError(f"--checkpoint-seconds: expected 0 or more, got {checkpoint_seconds:g}")
     model = model or chosen.model
     run = RunDir(out if out is not None else Path("runs") / f"{task}-{model}-seed{seed}")
     images = chosen.load(None if data is None else Path(data))
