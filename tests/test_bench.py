@@ -331,6 +331,16 @@ def test_a_model_that_computes_nan_is_refused(tmp_path):
         timing.measure(save_model(tmp_path / "nan.onnx", nan=True), engines.require(["onnxruntime"]), protocol=QUICK)
 
 
+def test_a_model_with_a_bool_output_is_benched(tmp_path):
+    model = onnx.load(save_model(tmp_path / "net.onnx"))
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(0), "zero"))
+    model.graph.node.append(helper.make_node("Greater", ["y", "zero"], ["positive"]))
+    model.graph.output.append(helper.make_tensor_value_info("positive", TensorProto.BOOL, ["batch", 5]))
+    names = [name for name in usable_names() if name not in ("torch", "xnnpack")]  # these do not rebuild Greater, and say so
+    report = timing.measure(save(model, tmp_path / "bool.onnx"), engines.require(names), protocol=QUICK)
+    assert not report.failures and {row.engine for row in report.rows} == set(names)
+
+
 @pytest.mark.parametrize("change", [{"rounds": 0}, {"least": 0}, {"seconds": -1}, {"timeout": -1}])
 def test_a_protocol_must_make_sense(change):
     with pytest.raises(DataError, match="at least 1 round"):

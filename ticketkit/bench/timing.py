@@ -152,7 +152,8 @@ class _Run:
         if [y.shape for y in outputs] != [y.shape for y in self.expected]:
             shapes = [[list(y.shape) for y in outputs], [list(y.shape) for y in self.expected]]
             raise TicketkitError(f"engine {worker.name}: expected outputs of shape {shapes[1]} as onnxruntime's, got {shapes[0]}")
-        difference = max((float(np.abs(y - e).max(initial=0)) for y, e in zip(outputs, self.expected, strict=True)), default=0.0)
+        pairs = [(y.astype(np.float64), e.astype(np.float64)) for y, e in zip(outputs, self.expected, strict=True)]  # also of booleans
+        difference = max((float(np.abs(y - e).max(initial=0)) for y, e in pairs), default=0.0)
         if not difference <= AGREE * self.scale:  # "not <=": NaN must fail too
             raise TicketkitError(
                 f"engine {worker.name}: expected onnxruntime's output within {AGREE * self.scale:.3g}, "
