@@ -40,13 +40,8 @@ def layer_sparsity(masks: Masks) -> dict[str, float]:
     return {name: sparsity({name: mask}) for name, mask in masks.items()}
 
 
-def level(round: int, rate: float) -> float:
-    """Sparsity after `round` rounds of pruning `rate` of what remains: 1 - (1 - rate)^round."""
-    return 1.0 - (1.0 - rate) ** round
-
-
 def rounds_to(target: float, rate: float) -> int:
-    """Fewest rounds whose level reaches `target` sparsity, 0 <= target < 1 (Algorithm 1: "until sparsity s")."""
+    """Fewest rounds k whose sparsity 1 - (1 - rate)^k reaches `target`, 0 <= target < 1 (Algorithm 1: "until sparsity s")."""
     if not 0.0 <= target < 1.0:
         raise TicketError(f"target sparsity: expected 0 <= s < 1, got {target:g}")
     _check_rate(rate)
@@ -86,11 +81,6 @@ def global_magnitude(weights: Weights, masks: Masks, rate: float) -> dict[str, M
     return pruned
 
 
-def layer_magnitude(weights: Weights, masks: Masks, rate: float) -> dict[str, Mask]:
-    """As `global_magnitude`, but `rate` of the remaining weights of every layer by itself."""
-    return {name: global_magnitude(weights, {name: mask}, rate)[name] for name, mask in masks.items()}
-
-
 def random(masks: Masks, rate: float, seed: int) -> dict[str, Mask]:
     """Prune `rate` of the remaining weights, chosen uniformly over all layers: the control for magnitude pruning."""
     generator = np.random.Generator(np.random.Philox(seed))
@@ -103,18 +93,6 @@ def is_nested(inner: Masks, outer: Masks) -> bool:
     return inner.keys() == outer.keys() and all(
         inner[name].shape == outer[name].shape and not np.any(inner[name] & ~outer[name]) for name in inner
     )
-
-
-def similarity(a: Masks, b: Masks) -> float:
-    """Relative mask similarity |a ∩ b| / |a ∪ b| over all layers (P1, section 4.3); 1.0 for two empty masks.
-
-    Raises:
-        TicketError: the masks name different layers or differ in shape.
-    """
-    if a.keys() != b.keys() or any(a[name].shape != b[name].shape for name in a):
-        raise TicketError("mask similarity: expected two masks of one model, got other layers or shapes")
-    union = sum(int(np.count_nonzero(a[name] | b[name])) for name in a)
-    return sum(int(np.count_nonzero(a[name] & b[name])) for name in a) / union if union else 1.0
 
 
 def _magnitudes(name: str, weights: Weights, mask: Mask) -> NDArray[np.float32]:
