@@ -21,7 +21,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "ticket": ({"errors", "masks"}, DEPLOY | {"safetensors"}),
     "formats": ({"errors"}, DEPLOY),
     "runtime": ({"errors", "formats"}, DEPLOY),
-    "lower": ({"errors", "formats", "runtime"}, DEPLOY | {"onnx", "onnxruntime", "onnx_ir", "ml_dtypes"}),
+    "lower": ({"errors", "formats", "runtime"}, DEPLOY | {"onnx", "onnxruntime", "onnx_ir"}),
     "planner": ({"errors", "formats", "runtime", "lower"}, DEPLOY | {"onnx", "rich"}),
 }
 ROOMS["inputs"] = ({"errors", "formats", "ticket"}, DEPLOY | {"PIL"})

@@ -15,7 +15,7 @@ from ticketkit.bench import engines, machine
 from ticketkit.errors import KernelError
 
 PACKAGES = (
-    *("numpy", "onnx", "onnxruntime", "ml_dtypes", "safetensors", "click", "rich", "psutil"),  # the base install
+    *("numpy", "onnx", "onnxruntime", "safetensors", "click", "rich", "psutil"),  # the base install
     *("torch", "torchvision", "lightning-fabric", "torchmetrics", "onnxscript", "scikit-learn", "pillow"),  # [find]
     "openvino",  # [bench]
 )
