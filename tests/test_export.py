@@ -284,7 +284,7 @@ def test_the_tolerance_is_near_the_truth(source: Path) -> None:
     network = lower(read(source))
     feeds = _check.random_inputs(network)
     expected = _check._run(network.model, feeds, "it")
-    tolerance = _check.derive_tolerance(network, feeds, expected)
+    tolerance = _check.derive_tolerance(network, feeds, expected)["y"]
     module = torch.nn.functional
     w = {layer.name: (torch.tensor(layer.weight).double(), torch.tensor(layer.bias).double()) for layer in network.layers}
     x = torch.from_numpy(feeds["x"]).double()
@@ -294,6 +294,33 @@ def test_the_tolerance_is_near_the_truth(source: Path) -> None:
     exact = module.linear(total.mean((2, 3)), *w["head"]).numpy()
     error = float(np.abs(exact - expected["y"]).max())
     assert 0 < error <= tolerance < 10_000 * error
+
+
+def test_each_output_has_its_own_tolerance(source: Path) -> None:
+    """A large output beside it hides no error of a small one."""
+    original = read(source)
+    scales = {"large.scale": np.float32(1e4), "small.scale": np.float32(1e-4)}
+    original.graph.node.extend(node("Mul", f"y {name}.scale", name) for name in ("large", "small"))
+    original.graph.initializer.extend(numpy_helper.from_array(np.array(value), name) for name, value in scales.items())
+    original.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", 10]) for name in ("large", "small"))
+    wrong = ModelProto()
+    wrong.CopyFrom(original)
+    wrong.graph.initializer[-1].CopyFrom(numpy_helper.from_array(np.array(np.float32(1.01e-4)), "small.scale"))
+    network = lower(original)
+    assert _check.compare(original, network.model, network)
+    with pytest.raises(ExportError, match="output 'small'"):
+        _check.compare(original, wrong, network)
+
+
+def test_a_wrong_bias_is_refused(source: Path) -> None:
+    network = lower(read(source))
+    target = exporters.get("onnx")
+    data = target.encode(network, plan(network))
+    assert target.decode(data, network)
+    layer = dataclasses.replace(network.layers[1], bias=np.nextafter(network.layers[1].bias, np.float32(9)))
+    other = dataclasses.replace(network, layers=(network.layers[0], layer, *network.layers[2:]))
+    with pytest.raises(ExportError, match=rf"{layer.name}\.bias: what was stored differs"):
+        target.decode(data, other)
 
 
 def test_an_original_that_overflows_cannot_be_checked(tmp_path: Path) -> None:

@@ -38,12 +38,13 @@ def encode(network: Network, plan: Plan) -> bytes:
 
 
 def decode(data: bytes, network: Network) -> ModelProto:
-    """The network the file stands for; checks the file, and raises ExportError if its sparse weights are not the network's."""
+    """The network the file stands for; checks the file, and raises ExportError if its sparse weights or biases are not the network's."""
     model = read(data)
     stored = operators.decode(model)
-    layers = {layer.name: layer for layer in network.layers}
+    layers, constants = {layer.name: layer for layer in network.layers}, Graph(model)
     for node in operators.nodes(model):
         require_equal(f"{node.name}.weight", stored[node.output[0]].weight(), layers[node.name].weight)
+        require_equal(f"{node.name}.bias", constants.constant(node.input[3]), layers[node.name].bias)
     return model
 
 
