@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +169,13 @@ def test_a_ticket_exports_its_masked_weights(run_dir: Path, tmp_path: Path) -> N
     bare.save(tmp_path / "bare.safetensors")
     with pytest.raises(TicketError, match="no weights"):
         export(tmp_path / "bare.safetensors", tmp_path / "u.onnx", input_shape=(3, 32, 32))
+
+
+@pytest.mark.parametrize("shape", [(3, -1, 16), (16,), (3, 0, 16), (1, 1, 3, 16, 16), (3, 16.0, 16)], ids=str)
+def test_an_impossible_input_shape_is_one_clear_line(shape: Sequence[int], run_dir: Path, tmp_path: Path) -> None:
+    for place in (run_dir, run_dir / "round_01" / "ticket.safetensors"):
+        with pytest.raises(ModelError, match="input shape: expected 3 or 4 positive whole numbers"):
+            export(place, tmp_path / "a.onnx", input_shape=shape)
 
 
 def test_an_exported_file_is_a_source_too(source: Path, tmp_path: Path) -> None:

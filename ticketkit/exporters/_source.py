@@ -74,7 +74,9 @@ def _from_ticket(path: Path, input_shape: Sequence[int] | None) -> ModelProto:
 
 
 def _image(shape: Sequence[int]) -> tuple[int, ...]:
-    """[C, H, W], whether or not a batch stands before it."""
+    """[C, H, W], whether or not a batch stands before it; ModelError if it is neither."""
+    if len(shape) not in (3, 4) or not all(isinstance(size, int) and size > 0 for size in shape):
+        raise ModelError(f"input shape: expected 3 or 4 positive whole numbers such as 3,32,32, got {list(shape)}")
     return tuple(shape)[-3:]
 
 
