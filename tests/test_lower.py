@@ -228,6 +228,19 @@ def test_fusion_tests_can_fail() -> None:
     assert np.abs(first - second).max() > 8 * oracle.tolerance(W, x, BIAS, x)
 
 
+@pytest.mark.parametrize(
+    ("batch", "height", "fused"), [("N", "H", True), (1, "H", False), ("M", "H", False), ("N", 224, False), ("N", "W", False)]
+)
+def test_a_residual_that_is_equal_by_accident_stays(batch: int | str, height: int | str, fused: bool) -> None:
+    """At batch 1 and sides of 224 all of these are equal; at others onnxruntime broadcasts or refuses the Add."""
+    inputs = {"x": ["N", 8, "H", "W"], "z": [batch, 8, height, "W"]}
+    data = everything_sparse(graph([CONV, node("Add", "c z", "y")], inputs, ["y"], {"w": W, "b": BIAS}))
+    assert [n.op_type for n in sparse_nodes(data)] == ["SparseConvAdd" if fused else "SparseConv"]
+    if batch == 1:
+        x, z = normal(2, 8, 10, 10), normal(1, 8, 10, 10, seed=1)
+        np.testing.assert_allclose(run(data, {"x": x, "z": z}, True)[0], run(data, {"x": x, "z": z})[0], atol=1e-4)
+
+
 def test_a_result_read_by_a_subgraph_is_kept() -> None:
     branches = [helper.make_graph([node(op, "c", out)], "b", [], [helper.make_tensor_value_info(out, 1, [None] * 4)])
                 for op, out in (("Neg", "n"), ("Abs", "a"))]  # fmt: skip

@@ -10,7 +10,7 @@ from onnx import ModelProto
 from ticketkit.lower import operators
 from ticketkit.lower.cleanup import clean
 from ticketkit.lower.fuse import Fused, fuse
-from ticketkit.lower.graph import Graph, input_shapes, shapes
+from ticketkit.lower.graph import Graph, input_shapes, other_shapes, shapes
 from ticketkit.lower.layers import Layer, Shapes, layers
 from ticketkit.lower.reader import read
 
@@ -26,12 +26,14 @@ class Network:
         layers: its convolutions and products, in execution order.
         inputs: the concrete shape of each graph input that costs and checks are computed for.
         shapes: shape of every tensor for those inputs, as far as ONNX can infer it.
+        others: the same for other sizes of the free dimensions, to tell what is equal from what happens to be.
     """
 
     graph: Graph
     layers: tuple[Layer, ...]
     inputs: dict[str, tuple[int, ...]]
     shapes: Shapes
+    others: Shapes
 
     @property
     def model(self) -> ModelProto:
@@ -40,7 +42,7 @@ class Network:
 
     def fuse(self, chosen: Iterable[Layer]) -> list[Fused]:
         """These layers with the residual and activation each can absorb."""
-        return fuse(self.graph, chosen, self.shapes)
+        return fuse(self.graph, chosen, (self.shapes, self.others))
 
 
 def lower(model: ModelProto, input_shape: Sequence[int] | None = None) -> Network:
@@ -56,4 +58,5 @@ def lower(model: ModelProto, input_shape: Sequence[int] | None = None) -> Networ
     inputs = input_shapes(model, input_shape)
     graph = Graph(clean(model))
     assumed = shapes(graph.model, inputs)
-    return Network(graph, layers(graph, assumed, shapes(graph.model, {})), inputs, assumed)
+    others = shapes(graph.model, other_shapes(model, inputs))
+    return Network(graph, layers(graph, assumed, shapes(graph.model, {})), inputs, assumed, others)

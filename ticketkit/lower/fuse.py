@@ -5,7 +5,7 @@ Fusion is a view, not a rewrite: the exporter that has the operator asks for it,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,8 +36,9 @@ class Fused:
     absorbed: tuple[int, ...]
 
 
-def fuse(graph: Graph, layers: Iterable[Layer], shapes: Shapes) -> list[Fused]:
-    """The given layers, each with everything it can absorb; no node is absorbed twice.
+def fuse(graph: Graph, layers: Iterable[Layer], shapes: Sequence[Shapes]) -> list[Fused]:
+    """The given layers, each with everything it can absorb; no node is absorbed twice. `shapes` are those of several assignments of the
+    free dimensions.
 
     Where both sides of an Add are layers the later one takes it, so that the other's result is there in time. A tensor with
     several readers, or one that is a graph output, is kept, and fusion stops at it.
@@ -61,12 +62,12 @@ def fuse(graph: Graph, layers: Iterable[Layer], shapes: Shapes) -> list[Fused]:
     return found[::-1]
 
 
-def _residual(graph: Graph, node: NodeProto, product: str, shapes: Shapes) -> str:
-    """The other operand of an Add that needs no broadcasting; "" if there is none."""
+def _residual(graph: Graph, node: NodeProto, product: str, shapes: Sequence[Shapes]) -> str:
+    """The other operand of an Add that needs no broadcasting, whatever the free dimensions are; "" if there is none."""
     if node.op_type != "Add" or node.domain not in ("", "ai.onnx"):
         return ""
     other = node.input[1] if node.input[0] == product else node.input[0]
-    same = shapes.get(other) == shapes.get(product) is not None
+    same = all(known.get(other) == known.get(product) is not None for known in shapes)
     return other if same and other not in graph.constants else ""
 
 

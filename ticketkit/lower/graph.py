@@ -99,6 +99,25 @@ def input_shapes(model: ModelProto, input_shape: Sequence[int] | None = None, ba
     return concrete
 
 
+def other_shapes(model: ModelProto, first: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """A second concrete shape for every graph input: each free dimension has a size of its own (the same where its name is the same),
+    larger than any of the first ones, which are those of `input_shapes`.
+
+    What is equal for both is equal whatever the free dimensions are, not by accident.
+    """
+    sizes: dict[str, int] = {}
+    largest = max((d for shape in first.values() for d in shape), default=1)
+    concrete = {}
+    for info in model.graph.input:
+        declared = dims(info) or ()
+        names = [d if isinstance(d, str) else f"{info.name}\0{i}" for i, d in enumerate(declared)]
+        for name, d in zip(names, declared, strict=True):
+            if not isinstance(d, int):
+                sizes.setdefault(name, 32 * (largest // 32 + len(sizes) + 1))  # image sides are halved on their way, all alike
+        concrete[info.name] = tuple(d if isinstance(d, int) else sizes[name] for name, d in zip(names, declared, strict=True))
+    return concrete
+
+
 def shapes(model: ModelProto, fixed: dict[str, tuple[int, ...]]) -> dict[str, tuple[Dim, ...]]:
     """Shapes of all tensors ONNX can infer once the graph inputs have these shapes."""
     graph = model.graph
