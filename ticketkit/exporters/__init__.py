@@ -1,6 +1,6 @@
 """Export targets, one file each; listing this folder is the registry. A target named `onnx_dense` here is `onnx-dense` to users.
 
-A target module holds ``SUMMARY`` (one line for --help), ``SUFFIX`` and two functions:
+A target module says in the first line of its docstring what the file is, and holds ``SUFFIX`` and two functions:
 
     encode(network, plan) -> bytes         the file; ExportError where the target cannot hold the network
     decode(data, network) -> ModelProto    the network the file stands for, its weights compared bit for bit with those of `network`
@@ -33,7 +33,6 @@ __all__ = ["Comparison", "ExportReport", "Target", "examine", "export", "get", "
 class Target(Protocol):
     """What a module of this folder offers (see the package docstring)."""
 
-    SUMMARY: str
     SUFFIX: str
 
     def encode(self, network: Network, plan: Plan) -> bytes: ...

@@ -34,7 +34,6 @@ from ticketkit.formats import Array, finite
 from ticketkit.lower import Layer, Network
 from ticketkit.planner import Plan
 
-SUMMARY = "weights only: CSR values, column indices and row pointers per layer, in safetensors"
 SUFFIX = ".safetensors"
 KEY = "ticketkit.csr"
 FORMAT = 1

@@ -18,7 +18,6 @@ from ticketkit.lower import Fused, Graph, Network, operators, read
 from ticketkit.lower.reader import digest, opset
 from ticketkit.planner import Plan
 
-SUMMARY = "compact, portable, accelerated: sparse layers become ai.ticketkit nodes with a function body"
 SUFFIX = ".onnx"
 
 

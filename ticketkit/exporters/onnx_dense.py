@@ -8,7 +8,6 @@ from ticketkit.exporters import onnx as sparse_onnx
 from ticketkit.lower import Network, read
 from ticketkit.planner import Plan
 
-SUMMARY = "plain standard ONNX for any runtime: folded, dense weights with exact zeros"
 SUFFIX = ".onnx"
 
 
