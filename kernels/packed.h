@@ -8,8 +8,7 @@ namespace tk {
 
 constexpr uint64_t kMagic = 0x6b63617074656b74;  // "tketpack"; guards against a buffer that was never packed
 constexpr int kMaxTileVectors = 14;              // accumulators of one tile: 14 of AVX2's 16 registers, plus weight and spare
-
-constexpr int kGemmTileVectors = 8;  // batch rows of one gemm tile, in vectors
+constexpr int kGemmTileVectors = 8;              // batch rows of one gemm tile, in vectors
 
 enum Kernel : int32_t {
 #define TK_KERNEL(op, format, type) k_##op##_##format##_##type,
@@ -24,7 +23,7 @@ struct Entry {
   int32_t offset_bytes;
 };
 
-// A strip is one channel's pixels as one kernel column (and one stride phase of rows) sees them, flattened over the tile:
+// A strip is one channel's pixels as one kernel column and one row phase (RowPhases in pack.cc) see them, flattened over the tile:
 // strip[i] = x[stride_h*(oh + row_min) + phase - pad_top, stride_w*ow + column*dilation_w - pad_left] with (oh, ow) the i-th pixel after
 // the tile's first, zero outside the image. Every tap of that column and phase is then a constant offset into the strip.
 struct Strip {

@@ -1,5 +1,5 @@
 // Convolution with CSR weights on NCHW images. Lanes run along flattened output pixels; input channels come in blocks whose strips
-// (packed.h) stay in L1 while every output row of the tile passes over them. Included by isa/*.cc after rows-inl.h.
+// (packed.h) stay in or next to L1 while every output row of the tile passes over them. Included by isa/*.cc after rows-inl.h.
 
 // Strips are filled in ascending order, so each may write over the start of the next; the workspace has a vector to spare behind the last.
 // `limit` is the end of x.
