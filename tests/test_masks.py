@@ -62,6 +62,80 @@ def test_global_magnitude_keeps_the_largest_and_counts_exactly(weights: list[np.
     np.testing.assert_array_equal(stays, expected)
 
 
+def blocks_of(array: np.ndarray, block: tuple[int, int]) -> list[np.ndarray]:
+    """The blocks of the matrix [M, K] of an array in C order, as views."""
+    matrix, (r, c) = array.reshape(len(array), -1), block
+    return [matrix[i : i + r, j : j + c] for i in range(0, matrix.shape[0], r) for j in range(0, matrix.shape[1], c)]
+
+
+BLOCKS = st.tuples(st.integers(1, 6), st.integers(1, 20))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    weights=st.lists(
+        hnp.arrays(np.float32, hnp.array_shapes(max_dims=4, max_side=5), elements=st.sampled_from([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 3.0])),
+        min_size=1,
+        max_size=4,
+    ),
+    block=BLOCKS,
+    rates=st.tuples(st.floats(0.0, 0.99), st.floats(0.0, 0.99)),
+)
+def test_blocks_go_whole_by_their_mean_magnitude(weights: list[np.ndarray], block: tuple[int, int], rates: tuple[float, float]) -> None:
+    """Two rounds against the definition: blocks sorted by mean |w|, pruned while at least half of each is due. Many ties."""
+    named = {str(i): w for i, w in enumerate(weights)}
+    now = masks.full(named)
+    for rate in rates:
+        after = masks.global_magnitude(named, now, rate, block)
+        assert masks.is_nested(after, now)
+        before = [kept for mask in now.values() for kept in blocks_of(mask, block)]
+        means = [np.abs(w, dtype=np.float64).mean() for weight in weights for w in blocks_of(weight, block)]
+        due, gone = round(rate * masks.kept(now)), 0
+        expected = [kept.copy() for kept in before]
+        for i in sorted((i for i, kept in enumerate(before) if kept.any()), key=lambda i: means[i]):
+            gone += before[i].size
+            expected[i][:] = gone - before[i].size // 2 > due
+        found = [kept for mask in after.values() for kept in blocks_of(mask, block)]
+        assert all(np.array_equal(*pair) for pair in zip(found, expected, strict=True))
+        assert abs(masks.kept(now) - masks.kept(after) - due) <= max(kept.size for kept in before) / 2
+        now = after
+
+
+@pytest.mark.parametrize("block", [(4, 1), (16, 1), (1, 4), (1, 16), (1, 9), (3, 5), (1000000000, 1), (1, 1000000000)], ids=str)
+def test_rounds_of_blocks_prune_to_the_levels(block: tuple[int, int]) -> None:
+    """Each round is half a block off at most, and the next one starts from what is left: five halves in all at rate 0.2."""
+    shapes = {"a": (64, 16, 3, 3), "b": (50, 7, 3, 3), "c": (128, 64)}
+    weights = {name: np.random.default_rng(i).standard_normal(shape).astype(np.float32) for i, (name, shape) in enumerate(shapes.items())}
+    now, total = masks.full(weights), sum(w.size for w in weights.values())
+    largest = max(kept.size for mask in now.values() for kept in blocks_of(mask, block))
+    for round in range(1, 9):
+        after = masks.global_magnitude(weights, now, 0.2, block)
+        assert abs(masks.sparsity(after) - (1 - 0.8**round)) * total <= 2.5 * (largest + 1)
+        assert masks.is_nested(after, now) and all(k.all() or not k.any() for mask in after.values() for k in blocks_of(mask, block))
+        now = after
+
+
+def test_short_blocks_at_the_edge_are_not_pruned_for_being_short() -> None:
+    """Rows 0 to 3 and row 4 make one block each; their sums are 4 and 2, their means 1 and 2."""
+    weights = {"w": np.array([[1.0], [-1.0], [1.0], [1.0], [-2.0]], np.float32)}
+    after = masks.global_magnitude(weights, masks.full(weights), 0.8, (4, 1))
+    assert after["w"].ravel().tolist() == [False, False, False, False, True]
+
+
+def test_one_large_weight_keeps_its_block_and_single_weights_are_another_mask() -> None:
+    weights = {"w": np.array([[9.0, 3.0], [0.1, 3.0], [2.0, 0.1], [2.5, 0.1]], np.float32)}
+    full = masks.full(weights)
+    assert masks.global_magnitude(weights, full, 0.5, (2, 1))["w"].tolist() == [[True, True], [True, True], [False, False], [False, False]]
+    assert masks.global_magnitude(weights, full, 0.5)["w"].tolist() == [[True, True], [False, True], [False, False], [True, False]]
+
+
+def test_of_a_partly_pruned_block_the_rest_counts() -> None:
+    weights = {"w": np.array([[5.0, 2.0], [9.0, 2.0]], np.float32)}
+    before = {"w": np.array([[True, True], [False, True]])}
+    after = masks.global_magnitude(weights, before, 0.6, (2, 1))
+    assert after["w"].tolist() == [[True, False], [False, False]]
+
+
 def test_pruned_weights_stay_pruned_even_if_large() -> None:
     weights = {"w": np.array([9.0, 1.0, 2.0, 3.0, 4.0], np.float32)}
     before = {"w": np.array([False, True, True, True, True])}
@@ -101,6 +175,8 @@ NAN = {**layers(), "b": np.full((16, 8, 1, 1), np.nan, np.float32)}
         (lambda: masks.global_magnitude({"a": np.zeros(3, np.float32)}, {"a": np.ones(4, bool)}, 0.2), "shape"),
         (lambda: masks.global_magnitude(layers(), masks.full(layers()), 1.0), "rate"),
         (lambda: masks.global_magnitude(layers(), masks.full(layers()), float("nan")), "rate"),
+        (lambda: masks.global_magnitude(NAN, masks.full(NAN), 0.2, (4, 1)), "b: weights are NaN"),
+        (lambda: masks.global_magnitude(layers(), masks.full(layers()), 0.2, (0, 1)), "block: expected 1x1 or more, got 0x1"),
         (lambda: masks.rounds_to(1.0, 0.2), "sparsity"),
     ],
 )

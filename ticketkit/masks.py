@@ -8,6 +8,8 @@ it returns new masks and leaves its arguments alone. Layers are visited in the m
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,7 @@ from ticketkit.errors import TicketError
 Mask = NDArray[np.bool_]
 Masks = Mapping[str, Mask]
 Weights = Mapping[str, NDArray[np.float32]]
+Block = tuple[int, int]
 
 
 def full(weights: Weights) -> dict[str, Mask]:
@@ -48,36 +51,45 @@ def rounds_to(target: float, rate: float) -> int:
     return 0 if target == 0.0 else int(np.ceil(np.log1p(-target) / np.log1p(-rate) - 1e-9))
 
 
-def global_magnitude(weights: Weights, masks: Masks, rate: float) -> dict[str, Mask]:
+def global_magnitude(weights: Weights, masks: Masks, rate: float, block: Block = (1, 1)) -> dict[str, Mask]:
     """Prune `rate` of the remaining weights, those of smallest magnitude over all layers together (P1, Algorithm 1).
 
-    The threshold is one partition over the remaining magnitudes. Weights equal to it are pruned in layer order, then C order,
-    until exactly round(rate * remaining) are gone, so equal inputs give equal masks on any machine.
+    With a `block` (r, c) whole blocks of the matrix [M, ...] in C order are pruned, those whose weights have the smallest mean
+    magnitude: the L1 norm, by which blocks are commonly ranked (Narang et al. 2017, Block-Sparse Recurrent Neural Networks; Gray
+    et al. 2017, GPU Kernels for Block-Sparse Weights; for filters Li et al. 2017), over the number of weights, so that a block
+    that the edge of the matrix cuts short is not pruned for being short.
+
+    The threshold is one partition over the remaining weights, each as large as its block. Blocks equal to it are pruned in layer
+    order, then C order, until round(rate * remaining) weights are gone, exactly for single weights, for blocks to half a block.
+    Equal inputs give equal masks on any machine.
 
     Args:
         weights: float arrays, one for each mask and of its shape; names beyond the masks are ignored.
         masks: what is kept so far. The result is nested in it.
         rate: fraction of the remaining weights to prune, 0 <= rate < 1.
+        block: rows (output channels) and columns of a block, 1 or more; of a block partly pruned before, the rest counts.
 
     Raises:
-        TicketError: a weight is missing, has another shape or is NaN, or the rate is out of range.
+        TicketError: a weight is missing, has another shape or is NaN, or the rate or the block is out of range.
     """
     _check_rate(rate)
-    magnitudes = {name: _magnitudes(name, weights, mask) for name, mask in masks.items()}
-    pool = np.concatenate(list(magnitudes.values())) if magnitudes else np.empty(0, np.float32)
+    if min(block) < 1:
+        raise TicketError(f"pruning block: expected 1x1 or more, got {block[0]}x{block[1]}")
+    layers = {name: _remaining(name, weights, mask, block) for name, mask in masks.items()}
+    pool = np.concatenate([np.repeat(means, sizes) for _, means, sizes in layers.values()]) if layers else np.empty(0, np.float32)
     drop = round(rate * pool.size)
     if not drop:
         return {name: mask.copy() for name, mask in masks.items()}
     threshold = np.partition(pool, drop - 1)[drop - 1]
     ties = drop - int(np.count_nonzero(pool < threshold))
     pruned = {}
-    for name, mask in masks.items():
-        stays = magnitudes[name] > threshold
-        equal = np.flatnonzero(magnitudes[name] == threshold)
-        stays[equal[ties:]] = True
-        ties -= min(ties, equal.size)
-        pruned[name] = mask.copy()
-        pruned[name][mask] = stays
+    for name, (left, means, sizes) in layers.items():
+        stays = means > threshold
+        equal = np.flatnonzero(means == threshold)
+        stays[equal[np.cumsum(sizes[equal]) - sizes[equal] // 2 > ties]] = True  # the others are at least half among the ties
+        ties -= int(sizes[equal].sum())
+        left[left] = stays
+        pruned[name] = masks[name] & _weights_of(left, masks[name].shape, block)
     return pruned
 
 
@@ -95,15 +107,36 @@ def is_nested(inner: Masks, outer: Masks) -> bool:
     )
 
 
-def _magnitudes(name: str, weights: Weights, mask: Mask) -> NDArray[np.float32]:
+def _remaining(name: str, weights: Weights, mask: Mask, block: Block) -> tuple[Mask, NDArray[np.float32], NDArray[np.int32]]:
+    """Which blocks have weights left, [ceil(M / r), ceil(K / c)], and, of those, mean magnitude and number of the weights left."""
     if name not in weights:
         raise TicketError(f"{name}: the mask names it but the weights do not; use the weights of the masked model")
     if weights[name].shape != mask.shape:
         raise TicketError(f"{name}: expected weights of the mask's shape {mask.shape}, got {weights[name].shape}")
-    magnitudes = np.abs(weights[name][mask])
-    if np.isnan(magnitudes).any():
+    sums = _tiles(np.where(mask, np.abs(weights[name]), np.float32(0)), block).sum(axis=(1, 3))
+    if np.isnan(sums).any():
         raise TicketError(f"{name}: weights are NaN; training diverged, try a smaller learning rate")
-    return magnitudes
+    sizes = _tiles(mask, block).sum(axis=(1, 3), dtype=np.int32)
+    left = sizes > 0
+    return left, sums[left] / sizes[left].astype(sums.dtype), sizes[left]
+
+
+def _tiles(array: NDArray[Any], block: Block) -> NDArray[Any]:
+    """The matrix [M, K] of the array as [ceil(M / r), r, ceil(K / c), c], zeros beyond its edges."""
+    rows, cols = _matrix(array.shape)
+    r, c = min(block[0], rows), min(block[1], cols)
+    padded = np.pad(array.reshape(rows, cols), ((0, -rows % r), (0, -cols % c)))
+    return padded.reshape(len(padded) // r, r, -1, c)
+
+
+def _weights_of(blocks: Mask, shape: tuple[int, ...], block: Block) -> Mask:
+    """The mask of that shape whose blocks are given."""
+    rows, cols = _matrix(shape)
+    return blocks[np.arange(rows) // block[0]][:, np.arange(cols) // block[1]].reshape(shape)
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    return shape[0], prod(shape[1:])
 
 
 def _check_rate(rate: float) -> None:
