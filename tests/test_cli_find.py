@@ -69,7 +69,7 @@ def test_dropped_tensors_are_said(tmp_path: Path, capsys: Capture) -> None:
 def test_help_names_every_choice(capsys: Capture) -> None:
     assert run("find", "--help") == 0
     text = capsys.readouterr().out
-    for word in (*tasks.names(), *POINTS, *SCHEDULES, "IMAGENET1K_V1", "kill -9", "TICKETKIT_DATA"):
+    for word in (*tasks.names(), *POINTS, *SCHEDULES, "IMAGENET1K_V1", "4x1", "1x16", "[default: 1x1]", "kill -9", "TICKETKIT_DATA"):
         assert word in text, word
 
 
@@ -97,6 +97,7 @@ def weights(tmp_path: Path) -> Callable[..., str]:
         (["fashion-mnist", "--data", "."], "expected FashionMNIST/raw/"),
         (["digits", "--rounds", "2", "--sparsity", "0.9"], "give one of them"),
         (["digits", "--lr", "-1"], "--lr"),
+        (["digits", "--granularity", "4by1"], "--granularity: expected RxC with numbers from 1 to 9999, such as 4x1 or 1x16, got '4by1'"),
     ],
 )
 def test_bad_words(words: list[str], expected: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,6 +139,15 @@ def test_output_that_cannot_be_written(tmp_path: Path, capsys: Capture) -> None:
 def test_another_run_in_the_same_place(small_run: Path, capsys: Capture) -> None:
     line = fails_with_one_line(capsys, "digits", *OPTIONS, "--lr", "0.7", "--out", str(small_run))
     assert "lr is 0.05 there, 0.7 here" in line
+
+
+def test_granularity_is_part_of_the_run(tmp_path: Path, capsys: Capture) -> None:
+    words = ("digits", "--steps", "1", "--batch-size", "8", "--rounds", "1", "--threads", "1", "--out", str(tmp_path / "run"))
+    assert run("find", *words, "--granularity", "8x1", "--json") == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert rows[1]["sparsity"] == pytest.approx(0.2, abs=1e-4)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["granularity"] == "8x1"
+    assert 'granularity is "8x1" there, "1x1" here' in fails_with_one_line(capsys, *words)
 
 
 def test_damaged_round_is_named(small_run: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -55,6 +55,8 @@ def cli() -> None:
 @click.option("--rounds", type=int, metavar="N", help="Pruning rounds after the dense reference, round 0.  [default: 3]")
 @click.option("--sparsity", type=float, metavar="S", help="Instead of --rounds: prune until this fraction, e.g. 0.9.")
 @click.option("--rate", type=float, default=0.2, show_default=True, help="Fraction of the remaining weights pruned each round.")
+@click.option("--granularity", default="1x1", show_default=True, metavar="RxC",
+              help="Prune whole blocks of R output channels by C weights, e.g. 4x1, 16x1 or 1x16; 1x1 is single weights.")
 @click.option("--epochs", type=int, metavar="N", help="Epochs of training in each round.  [default: the task's]")
 @click.option("--steps", type=int, metavar="N", help="Instead of --epochs: optimizer steps in each round.")
 @click.option("--batch-size", type=int, metavar="N", help="Images per step.  [default: the task's]")

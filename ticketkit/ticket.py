@@ -16,7 +16,7 @@ Metadata
     ``format``  1
     ``shapes``  {NAME: shape}, exactly the masked parameters
     ``meta``    provenance, free-form: model, stem and head rule, weights source and sha256, objective, task, round, rate,
-                sparsity, per-layer sparsity, seed, dense and ticket metric (lists over seeds), ticketkit version
+                granularity, sparsity, per-layer sparsity, seed, dense and ticket metric (lists over seeds), ticketkit version
     ``sha256``  over the canonical JSON of the object without this field, then, for each tensor in order of its name: name, NUL,
                 numpy dtype (``<f4``), NUL, shape as JSON, NUL, the bytes in C order, little-endian
 

@@ -51,6 +51,7 @@ class Search:
     task: Task
     data: Data
     settings: Settings
+    block: algebra.Block
     config: dict[str, Any]
     run: RunDir
     every: float
@@ -66,7 +67,8 @@ class Search:
                 start, step = (theta, 0) if k == 0 else (self.run.rewind(), rewound_step)  # rewind the weights to θ
                 seconds = self.train(k, start, step, masks, batches)  # train f(x; m ⊙ θ, γ) for t epochs
                 self.finish(k, masks, seconds)
-            masks = algebra.global_magnitude(self.run.round(k)[0], masks, self.config["rate"])  # prune the smallest that remain
+            trained = self.run.round(k)[0]
+            masks = algebra.global_magnitude(trained, masks, self.config["rate"], self.block)  # prune the smallest that remain
 
     def train(self, k: int, start: Arrays, step: int, masks: Masks, batches: Batches) -> float:
         """Train round k from `start`, or from where it stopped; returns the seconds it took, over all its sittings."""
@@ -110,10 +112,11 @@ class Search:
             raise ModelError(f"training diverged: the test loss of round {k} is {loss}; lower --lr")
         val_score, _ = supervised.evaluate(self.module, evaluation_batches(self.task, self.data.val), classes)
         dense = self.run.rows()[0]["metric"] if k else score
-        origin = ("model", "num_classes", "input_shape", "weights", "weights_sha256", "objective", "task", "rewind", "rate", "seed")
+        start = ("model", "num_classes", "input_shape", "weights", "weights_sha256", "objective", "task")
+        origin = (*start, "rewind", "rate", "granularity", "seed", "version")
         facts = {"round": k, "sparsity": algebra.sparsity(masks), "layer_sparsity": algebra.layer_sparsity(masks)}
         measured = {"metric_name": self.task.metric, "dense_metric": [dense], "ticket_metric": [score]}
-        meta = {**{key: self.config[key] for key in (*origin, "version")}, **models.rule(name), **facts, **measured}
+        meta = {**{key: self.config[key] for key in origin}, **models.rule(name), **facts, **measured}
         ticket = Ticket(masks, self.run.rewind(), meta)
         pruned = sum(mask.size for mask in masks.values()) - algebra.kept(masks)
         row = {
@@ -139,6 +142,7 @@ def find(
     rounds: int | None = None,
     sparsity: float | None = None,
     rate: float = 0.2,
+    granularity: str = "1x1",
     epochs: int | None = None,
     steps: int | None = None,
     batch_size: int | None = None,
@@ -162,6 +166,8 @@ def find(
         rounds: pruning rounds after the dense reference (round 0), default 3. Round k has sparsity 1 - (1 - rate)^k.
         sparsity: instead of rounds: as many as reach this fraction of the prunable weights.
         rate: fraction of the remaining weights pruned each round.
+        granularity: "RxC" prunes whole blocks of R output channels by C weights, by their mean magnitude, such as "4x1" or
+            "1x16", see `ticketkit.masks.global_magnitude`; a round's sparsity is then rounded to blocks. "1x1": single weights.
         epochs, steps: length of a round, one of the two; default: the task's epochs.
         batch_size, lr, schedule, weight_decay: of SGD with momentum 0.9; default: the task's. Schedules:
             multistep, cosine, constant.
@@ -181,7 +187,7 @@ def find(
         TicketkitError: anything wrong with the options, the data, the weights or the run directory, in one line.
         KeyboardInterrupt: after Ctrl-C, once the state is on disk.
     """
-    chosen, count = tasks.get(task), setup.rounds(rounds, sparsity, rate)
+    chosen, count, block = tasks.get(task), setup.rounds(rounds, sparsity, rate), setup.block(granularity)
     if not checkpoint_seconds >= 0.0:  # "not >=": NaN too
         raise TicketError(f"--checkpoint-seconds: expected 0 or more, got {checkpoint_seconds:g}")
     model = model or chosen.model
@@ -192,12 +198,14 @@ def find(
     rewound_step = points.step_of(rewind, settings.steps)
     with torch.random.fork_rng(devices=[]), setup.torch_threads(threads, run), progress or Progress() as shown:
         start = setup.network(model, weights, len(images.classes), chosen.size, seed)
-        config = setup.config(chosen, model, images, settings, start.source, rewind=rewind, rate=rate, rounds=count)
+        pruning = {"rewind": rewind, "rate": rate, "granularity": granularity, "rounds": count}
+        config = setup.config(chosen, model, images, settings, start.source, pruning)
         with run.claim(config):
             if rewind != "early" and not run.has_rewind():
                 run.save_rewind(start.pretrained if rewind == "pretrained" else start.initial)
             shown.start(count, setup.steps_left(run, settings.steps, rewound_step, count), start.source.remarks)
-            Search(start.module, chosen, images, settings, config, run, checkpoint_seconds, shown).iterate(start.pretrained, count)
+            search = Search(start.module, chosen, images, settings, block, config, run, checkpoint_seconds, shown)
+            search.iterate(start.pretrained, count)
     return RunResult(run.path, run.config(), run.rows()[: count + 1])
 
 

@@ -58,6 +58,7 @@ ROW: Keys = {
 }
 # May differ when a run is taken up again: how far it goes, where its files lie, and what only describes it.
 FREE = {"rounds", "threads", "version", "weights", "weights_remarks", "classes"}
+EARLIER = {"granularity": "1x1"}  # what runs of versions without these options did
 INTACT = "restore the file or choose another --out; the rounds' own folders are still there"
 
 
@@ -90,7 +91,7 @@ class RunDir:
 
     def _check(self, config: Mapping[str, Any]) -> None:
         if (self.path / "run.json").exists():
-            there = self.config()
+            there = {**EARLIER, **self.config()}
             differ = [key for key in sorted({*config, *there} - FREE) if config.get(key) != there.get(key)]
             if differ:
                 fields = "; ".join(f"{key} is {_short(there.get(key))} there, {_short(config.get(key))} here" for key in differ)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -42,6 +43,13 @@ def rounds(count: int | None, sparsity: float | None, rate: float) -> int:
     if count is not None and count < 0:
         raise TicketError(f"--rounds: expected 0 or more, got {count}")
     return (ROUNDS if count is None else count) if sparsity is None else algebra.rounds_to(sparsity, rate)
+
+
+def block(granularity: str) -> algebra.Block:
+    """Rows and columns of the blocks that "RxC" names: R output channels by C of their weights in C order."""
+    if not (sides := re.fullmatch("([1-9][0-9]{0,3})x([1-9][0-9]{0,3})", granularity)):
+        raise TicketError(f"--granularity: expected RxC with numbers from 1 to 9999, such as 4x1 or 1x16, got {granularity!r}")
+    return int(sides[1]), int(sides[2])
 
 
 def settings(
@@ -92,10 +100,8 @@ def network(model: str, weights: str | None, num_classes: int, size: int, seed: 
     return Start(module, initial, models.arrays(module), source)
 
 
-def config(
-    task: Task, model: str, data: Data, settings: Settings, source: Source, *, rewind: str, rate: float, rounds: int
-) -> dict[str, Any]:
-    """The content of run.json."""
+def config(task: Task, model: str, data: Data, settings: Settings, source: Source, pruning: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of run.json; `pruning` are its options rewind, rate, granularity and rounds."""
     return {
         "task": task.name,
         "model": model,
@@ -109,9 +115,7 @@ def config(
         "weights_sha256": source.sha256,
         "weights_remarks": list(source.remarks),
         "objective": supervised.NAME,
-        "rewind": rewind,
-        "rate": rate,
-        "rounds": rounds,
+        **pruning,
         **asdict(settings),
         "milestones": list(settings.milestones),
         "threads": torch.get_num_threads(),
