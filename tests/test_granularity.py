@@ -13,11 +13,11 @@ from small import TINY
 
 pytest.importorskip("torch")
 
-from ticketkit import masks  # noqa: E402
-from ticketkit.errors import TicketError  # noqa: E402
-from ticketkit.search.imp import find, load_round  # noqa: E402
-from ticketkit.search.progress import Progress  # noqa: E402
-from ticketkit.ticket import read_safetensors  # noqa: E402
+from ticketkit import masks
+from ticketkit.errors import TicketError
+from ticketkit.search.imp import find, load_round
+from ticketkit.search.progress import Progress
+from ticketkit.ticket import read_safetensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -54,10 +54,10 @@ def rounds_to(target: float, rate: float) -> int:
 def global_magnitude(weights: Weights, masks: Masks, rate: float, block: Block = (1, 1)) -> dict[str, Mask]:
     """Prune `rate` of the remaining weights, those of smallest magnitude over all layers together (P1, Algorithm 1).
 
-    With a `block` (r, c) whole blocks of the matrix [M, ...] in C order are pruned, those whose weights have the smallest mean
-    magnitude: the L1 norm, by which blocks are commonly ranked (Narang et al. 2017, Block-Sparse Recurrent Neural Networks; Gray
-    et al. 2017, GPU Kernels for Block-Sparse Weights; for filters Li et al. 2017), over the number of weights, so that a block
-    that the edge of the matrix cuts short is not pruned for being short.
+    With a `block` (r, c) whole blocks of the matrix [M, ...] in C order are pruned, those of smallest mean magnitude. For equal
+    blocks that is the order of their L1 norms, by which Li et al. 2017 (Pruning Filters for Efficient ConvNets) and Mao et al.
+    2017 (Exploring the Regularity of Sparse Structure) rank groups of weights; Narang et al. 2017 (Block-Sparse Recurrent Neural
+    Networks) take the largest magnitude. The mean, so that a block cut short by the edge is not pruned for being short.
 
     The threshold is one partition over the remaining weights, each as large as its block. Blocks equal to it are pruned in layer
     order, then C order, until round(rate * remaining) weights are gone, exactly for single weights, for blocks to half a block.
