@@ -48,9 +48,10 @@ const char* const kKernelNames[] = {
 #undef TK_KERNEL
 };
 
+}  // namespace
+
 const Isa* isa_at(int32_t i) { return i >= 0 && i < isas().count ? isas().list[i] : nullptr; }
 
-}  // namespace
 }  // namespace tk
 
 using namespace tk;
@@ -78,7 +79,7 @@ const char* tk_status_text(tk_status status) {
     case TK_BAD_ISA:
       return "the instruction set is unknown or cannot run here";
     case TK_TOO_LARGE:
-      return "the layer is beyond the 32-bit offsets of the packed form";
+      return "the layer is beyond the offsets of the packed form";
   }
   return "unknown status";
 }

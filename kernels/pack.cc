@@ -1,5 +1,6 @@
 // Validation of CSR weights and their packing into the blocked form of packed.h. Runs once per layer, at load.
 #include <cmath>
+#include <initializer_list>
 #include <numeric>
 
 #include "packed.h"
@@ -7,10 +8,12 @@
 namespace tk {
 namespace {
 
-constexpr int64_t kMaxDim = int64_t{1} << 24;          // of images, windows, strides, paddings: keeps every product in 64 bits
-constexpr int64_t kMaxOffset = INT32_MAX;              // entries hold 32-bit byte offsets
-constexpr int64_t kBlockBytes = 40 * 1024;             // strips of one block: measured best, a little over L1 (kernels/README.md)
-constexpr int64_t kGemmBlock = 512;                    // columns of one gemm block
+constexpr int64_t kMaxDim = int64_t{1} << 24;      // of images, windows, strides, paddings: keeps every product in 64 bits
+constexpr int64_t kBlockBytes = 32 * 1024;         // strips of one block that a tile reads: about L1 (kernels/README.md)
+constexpr int64_t kGroupBytes = 96 * 1024;         // strips of one block filled at once: a part of L2
+constexpr int64_t kAccumulatorBytes = 192 * 1024;  // accumulators that wait between blocks: another part of L2
+constexpr int64_t kGoodTile = 8;                   // vectors of a CSR tile: wider ones shorten the rows that fit L1, narrower ones waste
+constexpr int64_t kGemmBlock = 512;                // columns of one gemm block
 constexpr int64_t kMaxRowPointers = int64_t{1} << 28;  // over all blocks: 1 GiB
 constexpr int64_t kMaxStrips = 1 << 16;
 
@@ -41,12 +44,14 @@ tk_status check_shape(const tk_conv2d& s, const tk_csr& w) {
 }
 
 // Kernel row i reads input row stride_h * oh + i * dilation_h - pad_top: phase (i * dilation_h) % stride_h, shifted by (i * dilation_h) /
-// stride_h output rows. The phases repeat with period stride_h / gcd(dilation_h, stride_h), so rows i and i + period share strips.
-// Where an output row is longer than a tile, sharing would fill whole rows of which the tile reads little: then every row has its own.
+// stride_h output rows. The phases repeat with period stride_h / gcd(dilation_h, stride_h), so rows i and i + period share strips: longer
+// ones, by the rows between them. Where that is more than a strip for each row (long rows, wide dilation), every row has its own.
 struct RowPhases {
   RowPhases(const tk_conv2d& shape, const Packed& p) : s(shape), period(s.stride_h / std::gcd(s.dilation_h, s.stride_h)) {
-    if (p.out_w > int64_t{p.tile_vectors} * p.lanes) period = s.kernel_h;
     count = s.kernel_h < period ? s.kernel_h : period;
+    int64_t shared = 0;
+    for (int64_t k = 0; k < count; ++k) shared += p.tile_floats() + (shift(last_row(k)) - shift(k)) * p.pitch;
+    if (shared > s.kernel_h * p.tile_floats()) count = period = s.kernel_h;
   }
   int64_t phase(int64_t k) const { return k * s.dilation_h % s.stride_h; }
   int64_t shift(int64_t i) const { return i * s.dilation_h / s.stride_h; }
@@ -65,90 +70,129 @@ Packed header(Kernel kernel, int32_t isa, const tk_csr& w) {
   p.lanes = tk_isa_lanes(isa);
   p.rows = w.rows;
   p.cols = w.cols;
+  p.unit_rows = 1;
+  p.group_tiles = 1;
   p.row_groups = ceil_div(w.rows, kGroupRows);
   return p;
 }
 
 // Places the strips of one channel behind each other, kernel columns outside, row phases inside; writes them where `strips` is not null.
-tk_status plan_strips(const tk_conv2d& s, int64_t tile_floats, int64_t lanes, Packed* p, Strip* strips) {
+tk_status plan_strips(Packed* p, Strip* strips) {
+  const tk_conv2d& s = p->shape;
   const RowPhases rows(s, *p);
   if (rows.count > kMaxStrips / s.kernel_w) return TK_TOO_LARGE;
   p->strip_count = i32(rows.count * s.kernel_w);
   int64_t at = 0;
   for (int64_t i = 0; i < p->strip_count; ++i) {
     const int64_t column = i / rows.count, k = i % rows.count;
-    const int64_t extra_rows = rows.shift(rows.last_row(k)) - rows.shift(k);
-    const int64_t length = round_up(tile_floats + extra_rows * p->out_w, lanes);
-    if (length > kMaxOffset / 4 - at) return TK_TOO_LARGE;
+    const int64_t halo = round_up((rows.shift(rows.last_row(k)) - rows.shift(k)) * p->pitch, p->lanes);
+    const int64_t length = p->group_tiles * p->tile_floats() + halo;
+    if (length > kMaxBlockFloats - at) return TK_TOO_LARGE;
     if (strips) {
       const int64_t shift = column * s.dilation_w - s.pad_left;  // stride_w * ow + shift must be in [0, in_w)
       const int64_t begin = clamp(shift >= 0 ? 0 : ceil_div(-shift, s.stride_w), 0, p->out_w);
       const int64_t end = clamp(shift >= s.in_w ? 0 : ceil_div(s.in_w - shift, s.stride_w), begin, p->out_w);
-      strips[i] = {i32(shift), i32(rows.phase(k)), i32(rows.shift(k)), i32(length), i32(at), i32(begin), i32(end)};
+      strips[i] = {i32(shift), i32(rows.phase(k)), i32(rows.shift(k)), i32(halo), i32(at), i32(begin), i32(end)};
     }
     at += length;
   }
-  p->channel_floats = at;
+  // Of a group's strips one tile reads a window: an odd number of cache lines from channel to channel spreads the windows over L1's sets.
+  p->channel_floats = p->group_tiles > 1 ? round_up(at, 16) | 16 : at;
   return TK_OK;
 }
 
-// The tile: whole vectors, shared out evenly over the tiles.
-tk_status plan_cuts(const tk_tuning* tuning, int64_t lanes, Packed* p) {
-  const int64_t pixels = p->out_h * p->out_w, vectors = ceil_div(pixels, lanes);
-  const int64_t tile = tuning ? tuning->tile_vectors : 0;
-  if (!within(tile, 0, kMaxTileVectors)) return TK_BAD_ARGUMENT;
-  p->tile_vectors = i32(tile ? tile : ceil_div(vectors, ceil_div(vectors, kMaxTileVectors)));
+// Lanes may see rows of output as longer than they are, if that lines up the loads of vertical taps. The cost of a pitch: its vectors, more
+// where loads cross cache lines, and where strips cannot be filled by whole vectors.
+int64_t choose_pitch(const tk_conv2d& s, const Packed& p) {
+  const double crossing = p.lanes * 4.0 / 64;  // share of misaligned loads that cross a line
+  double least = 0;
+  int64_t best = p.out_w;
+  for (const int64_t pitch : {p.out_w, round_up(p.out_w, 8), round_up(p.out_w, 16)}) {
+    int64_t misaligned = 0;
+    for (int64_t i = 0; i < s.kernel_h; ++i) misaligned += i * s.dilation_h / s.stride_h * pitch % p.lanes != 0;
+    const bool whole_vectors = pitch % p.lanes == 0 || (s.kernel_h == 1 && s.kernel_w == 1 && s.stride_h == 1 && s.stride_w == 1);
+    const double taps = 1 + crossing * static_cast<double>(misaligned) / static_cast<double>(s.kernel_h) + (whole_vectors ? 0 : 0.15);
+    const double cost = static_cast<double>(ceil_div(p.out_h * pitch, p.lanes)) * taps;
+    if (least == 0 || cost < 0.97 * least) {
+      least = cost;
+      best = pitch;
+    }
+  }
+  return best;
+}
+
+// Cuts the pixels into tiles of whole vectors, shared out evenly.
+void cut_tiles(int64_t tile_vectors, Packed* p) {
+  const int64_t vectors = ceil_div(p->out_h * p->pitch, p->lanes);
+  p->tile_vectors = i32(tile_vectors ? tile_vectors : ceil_div(vectors, ceil_div(vectors, kGoodTile)));
   p->tiles = ceil_div(vectors, p->tile_vectors);
-  return TK_OK;
 }
 
-// The blocks: channels, shared out evenly over as few blocks as keep their strips small.
-void plan_blocks(const tk_tuning* tuning, int64_t bytes_per_channel, int64_t channels, Packed* p) {
-  int64_t block = tuning ? tuning->block_channels : 0;
+// Cuts the channels into blocks, shared out evenly, and joins tiles into groups.
+tk_status cut_blocks(const tk_tuning& tuning, Packed* p) {
+  tk_status status = plan_strips(p, nullptr);
+  if (status != TK_OK) return status;
+  const int64_t channels = p->shape.in_channels;
+  int64_t block = tuning.block_channels;
   if (block == 0) {
-    block = clamp(kBlockBytes / bytes_per_channel, 1, channels);
+    block = clamp(kBlockBytes / 4 / p->channel_floats, 1, channels);
     block = ceil_div(channels, ceil_div(channels, block));
   }
-  p->block_channels = block < channels ? block : channels;
+  p->block_channels = clamp(block, 1, channels < kMaxBlockFloats / p->channel_floats ? channels : kMaxBlockFloats / p->channel_floats);
   p->blocks = ceil_div(channels, p->block_channels);
+
+  const int64_t most = tuning.group_tiles ? tuning.group_tiles : p->tiles;
+  Packed wider = *p;
+  while (wider.group_tiles < most && wider.group_tiles < p->tiles) {
+    ++wider.group_tiles;
+    status = plan_strips(&wider, nullptr);
+    const int64_t strips = wider.block_channels * wider.channel_floats;
+    if (status != TK_OK || strips > kMaxBlockFloats) break;
+    const int64_t accumulators = p->blocks > 1 ? wider.group_tiles * p->rows * p->tile_floats() : 0;
+    if (!tuning.group_tiles && (4 * strips > kGroupBytes || 4 * accumulators > kAccumulatorBytes)) break;
+    *p = wider;
+  }
+  return TK_OK;
 }
 
 // Fills the header, all but the places of the arrays. Sizes depend on shape, nnz, ISA and tuning only.
-tk_status plan_conv2d(const tk_conv2d& s, const tk_csr& w, int32_t isa, const tk_tuning* tuning, Packed* p) {
+tk_status plan_conv2d(const tk_conv2d& s, const tk_csr& w, int32_t isa, const tk_tuning* given, Packed* p) {
   const tk_status bad = check_shape(s, w);
   if (bad != TK_OK) return bad;
-  if (tuning && tuning->block_channels < 0) return TK_BAD_ARGUMENT;
+  const tk_tuning tuning = given ? *given : tk_tuning{};
+  if (!within(tuning.tile_vectors, 0, kMaxTileVectors) || tuning.block_channels < 0 || tuning.group_tiles < 0) return TK_BAD_ARGUMENT;
   *p = header(k_conv2d_csr_f32, isa, w);
-  const int64_t lanes = p->lanes;
   p->shape = s;
   p->out_h = (s.in_h + s.pad_top + s.pad_bottom - s.dilation_h * (s.kernel_h - 1) - 1) / s.stride_h + 1;
   p->out_w = (s.in_w + s.pad_left + s.pad_right - s.dilation_w * (s.kernel_w - 1) - 1) / s.stride_w + 1;
-  tk_status status = plan_cuts(tuning, lanes, p);
-  if (status != TK_OK) return status;
-
-  status = plan_strips(s, p->tile_vectors * lanes, lanes, p, nullptr);
-  if (status != TK_OK) return status;
-  plan_blocks(tuning, 4 * p->channel_floats, s.in_channels, p);
-  return p->block_channels > kMaxOffset / 4 / p->channel_floats ? TK_TOO_LARGE : TK_OK;
+  p->pitch = choose_pitch(s, *p);
+  cut_tiles(tuning.tile_vectors, p);
+  tk_status status = cut_blocks(tuning, p);
+  while (status == TK_TOO_LARGE && p->tile_vectors > 1 && !tuning.tile_vectors) {  // huge windows: narrower tiles
+    cut_tiles(p->tile_vectors / 2, p);
+    status = cut_blocks(tuning, p);
+  }
+  return status;
 }
 
 tk_status plan_gemm(const tk_csr& w, int32_t isa, Packed* p) {
   if (!within(w.rows, 1, INT32_MAX) || !within(w.cols, 1, INT32_MAX)) return TK_BAD_SHAPE;
   *p = header(k_gemm_csr_f32, isa, w);
   p->tile_vectors = kGemmTileVectors;
-  p->channel_floats = int64_t{kGemmTileVectors} * p->lanes;
+  p->channel_floats = p->tile_floats();
   p->block_channels = w.cols < kGemmBlock ? w.cols : kGemmBlock;
   p->blocks = ceil_div(w.cols, p->block_channels);
   return TK_OK;
 }
 
-// Places the arrays behind the header.
-tk_status lay_out(int64_t nnz, Packed* p) {
-  if (nnz < 0 || nnz > INT32_MAX || p->blocks > kMaxRowPointers / (p->rows + 1)) return TK_TOO_LARGE;
+// Places the arrays behind the header; `stored` values.
+tk_status lay_out(int64_t stored, Packed* p) {
+  if (stored < 0 || stored > INT32_MAX || p->blocks > kMaxRowPointers / (p->units() + 1)) return TK_TOO_LARGE;
   p->strips_at = round_up(sizeof(Packed), TK_ALIGNMENT);
   p->row_ptr_at = round_up(p->strips_at + p->strip_count * int64_t{sizeof(Strip)}, TK_ALIGNMENT);
-  p->entries_at = round_up(p->row_ptr_at + p->blocks * (p->rows + 1) * int64_t{sizeof(uint32_t)}, TK_ALIGNMENT);
-  p->total_bytes = round_up(p->entries_at + nnz * int64_t{sizeof(Entry)}, TK_ALIGNMENT);
+  p->values_at = round_up(p->row_ptr_at + p->blocks * (p->units() + 1) * int64_t{sizeof(uint32_t)}, TK_ALIGNMENT);
+  p->offsets_at = round_up(p->values_at + stored * int64_t{sizeof(float)}, TK_ALIGNMENT);
+  p->total_bytes = round_up(p->offsets_at + stored / p->unit_rows * int64_t{sizeof(uint16_t)}, TK_ALIGNMENT);
   return TK_OK;
 }
 
@@ -163,7 +207,8 @@ T* mutable_at(void* packed, int64_t offset) {
 template <class Offset>
 void write_entries(const tk_csr& w, int64_t columns_per_channel, const Packed& p, void* packed, Offset offset) {
   uint32_t* row_ptr = mutable_at<uint32_t>(packed, p.row_ptr_at);
-  Entry* const entries = mutable_at<Entry>(packed, p.entries_at);
+  float* const values = mutable_at<float>(packed, p.values_at);
+  uint16_t* const offsets = mutable_at<uint16_t>(packed, p.offsets_at);
   uint32_t count = 0;
   for (int64_t block = 0; block < p.blocks; ++block) {
     const int64_t begin = p.block_begin(block) * columns_per_channel, end = begin + p.block_channels * columns_per_channel;
@@ -179,7 +224,8 @@ void write_entries(const tk_csr& w, int64_t columns_per_channel, const Packed& p
         }
       }
       for (int64_t i = low; i < w.row_ptr[m + 1] && w.col_indices[i] < end; ++i) {
-        entries[count++] = {w.values[i], static_cast<int32_t>(offset(w.col_indices[i] - begin))};
+        values[count] = w.values[i];
+        offsets[count++] = static_cast<uint16_t>(offset(w.col_indices[i] - begin));
       }
     }
     *row_ptr++ = count;
@@ -258,14 +304,14 @@ tk_status tk_conv2d_csr_pack(const tk_conv2d* shape, const tk_csr* w, int32_t is
   *static_cast<Packed*>(packed) = p;
   const tk_conv2d& s = *shape;
   Strip* const strips = mutable_at<Strip>(packed, p.strips_at);
-  plan_strips(s, int64_t{p.tile_vectors} * p.lanes, p.lanes, &p, strips);
+  plan_strips(&p, strips);
 
   const int64_t taps = s.kernel_h * s.kernel_w;
   const RowPhases rows(s, p);
   write_entries(*w, taps, p, packed, [&](int64_t column) {
     const int64_t i = column % taps / s.kernel_w, j = column % s.kernel_w;
     const int64_t row_shift = rows.shift(i) - rows.shift(i % rows.period);
-    return 4 * (column / taps * p.channel_floats + strips[j * rows.count + i % rows.period].offset + row_shift * p.out_w);
+    return column / taps * p.channel_floats + strips[j * rows.count + i % rows.period].offset + row_shift * p.pitch;
   });
   return TK_OK;
 }
@@ -290,7 +336,7 @@ tk_status tk_gemm_csr_pack(const tk_csr* w, int32_t isa, void* packed, size_t pa
   if (status == TK_OK) status = tk_csr_validate(w);
   if (status != TK_OK) return status;
   *static_cast<Packed*>(packed) = p;
-  write_entries(*w, 1, p, packed, [&](int64_t column) { return column * p.channel_floats * 4; });
+  write_entries(*w, 1, p, packed, [&](int64_t column) { return column * p.channel_floats; });
   return TK_OK;
 }
 
@@ -304,8 +350,12 @@ int64_t tk_parts(const void* packed, int64_t batch) {
 size_t tk_workspace_bytes(const void* packed) {
   const Packed* p = static_cast<const Packed*>(packed);
   if (!p || p->magic != kMagic) return 0;
-  int64_t floats = p->block_channels * p->channel_floats + p->lanes;  // a vector to spare: copies may run over
-  if (p->kernel == k_gemm_csr_f32) floats += p->rows * p->channel_floats;
+  int64_t floats = p->strips_floats();
+  if (p->kernel == k_gemm_csr_f32) {
+    floats += p->rows * p->channel_floats;
+  } else if (p->blocks > 1) {
+    floats += p->group_tiles * p->rows * p->tile_floats();
+  }
   return static_cast<size_t>(round_up(floats * 4, TK_ALIGNMENT));
 }
 

@@ -7,8 +7,10 @@
 namespace tk {
 
 constexpr uint64_t kMagic = 0x6b63617074656b74;  // "tketpack"; guards against a buffer that was never packed
-constexpr int kMaxTileVectors = 14;              // accumulators of one tile: 14 of AVX2's 16 registers, plus weight and spare
+constexpr int kMaxTileVectors = 14;              // accumulators of one CSR tile: 14 of AVX2's 16 registers, plus weight and spare
 constexpr int kGemmTileVectors = 8;              // batch rows of one gemm tile, in vectors
+constexpr int64_t kBlockRows = 4;                // output rows of a BSR block
+constexpr int64_t kMaxBlockFloats = 1 << 16;     // input of one block: entries hold 16-bit offsets
 
 enum Kernel : int32_t {
 #define TK_KERNEL(op, format, type) k_##op##_##format##_##type,
@@ -17,20 +19,14 @@ enum Kernel : int32_t {
   kKernelCount
 };
 
-// One non-zero: its value and where its input vector starts, in bytes from the start of the block's input.
-struct Entry {
-  float value;
-  int32_t offset_bytes;
-};
-
-// A strip is one channel's pixels as one kernel column and one row phase (RowPhases in pack.cc) see them, flattened over the tile:
+// A strip is one channel's pixels as one kernel column and one row phase (RowPhases in pack.cc) see them, flattened over a group of tiles:
 // strip[i] = x[stride_h*(oh + row_min) + phase - pad_top, stride_w*ow + column*dilation_w - pad_left] with (oh, ow) the i-th pixel after
-// the tile's first, zero outside the image. Every tap of that column and phase is then a constant offset into the strip.
+// the group's first, zero outside the image. Every tap of that column and phase is then a constant offset into the strip.
 struct Strip {
   int32_t x_shift;                   // column * dilation_w - pad_left
   int32_t phase;                     // row phase in [0, stride_h)
   int32_t row_min;                   // smallest row shift of its taps, in output rows
-  int32_t length;                    // floats: tile + (row_max - row_min) * out_w, rounded up to whole vectors
+  int32_t halo;                      // floats behind the group's pixels: (row_max - row_min) * pitch, rounded up to whole vectors
   int32_t offset;                    // floats from the start of the channel's strips
   int32_t inside_begin, inside_end;  // output columns whose input column is inside the image
 };
@@ -40,23 +36,33 @@ struct Packed {
   int32_t kernel, isa, lanes, tile_vectors;
   int64_t total_bytes;
   int64_t rows, cols;
+  int64_t unit_rows;       // output rows that share their columns: 1 for CSR, kBlockRows for BSR
   tk_conv2d shape;         // conv2d only
   int64_t out_h, out_w;    // conv2d only
+  int64_t pitch;           // conv2d only: pixels from output row to output row as lanes see them, >= out_w; the surplus is never stored
   int64_t tiles;           // tiles per image (conv2d)
+  int64_t group_tiles;     // neighbouring tiles whose strips are filled together (conv2d)
   int64_t row_groups;      // groups of kGroupRows output rows: the finest part
   int64_t blocks;          // blocks of input channels (conv2d) or columns (gemm)
   int64_t block_channels;  // of every block but the last
   int64_t channel_floats;  // floats of one channel's strips (conv2d) or of one column (gemm)
   int32_t strip_count;
-  int64_t strips_at, row_ptr_at, entries_at;  // byte offsets of Strip[strip_count], uint32_t[blocks][rows + 1], Entry[nnz]
+  // Byte offsets of Strip[strip_count], uint32_t[blocks][units + 1], float[stored], uint16_t[stored / unit_rows]. Offsets count floats from
+  // the start of the block's input; a unit's values stand together, one column after the other, unit_rows values each.
+  int64_t strips_at, row_ptr_at, values_at, offsets_at;
 
   template <class T>
   const T* at(int64_t offset) const {
     return reinterpret_cast<const T*>(reinterpret_cast<const char*>(this) + offset);
   }
+  int64_t units() const { return (rows + unit_rows - 1) / unit_rows; }
+  int64_t tile_floats() const { return int64_t{tile_vectors} * lanes; }
+  // Floats of the strips of one block, with a vector to spare, whole cache lines.
+  int64_t strips_floats() const { return (block_channels * channel_floats + lanes + 15) / 16 * 16; }
   const Strip* strips() const { return at<Strip>(strips_at); }
-  const uint32_t* row_ptr(int64_t block) const { return at<uint32_t>(row_ptr_at) + block * (rows + 1); }
-  const Entry* entries() const { return at<Entry>(entries_at); }
+  const uint32_t* row_ptr(int64_t block) const { return at<uint32_t>(row_ptr_at) + block * (units() + 1); }
+  const float* values() const { return at<float>(values_at); }
+  const uint16_t* offsets() const { return at<uint16_t>(offsets_at); }
   int64_t block_begin(int64_t block) const { return block * block_channels; }
 };
 
@@ -68,10 +74,12 @@ using RunFn = void (*)(const Packed&, const tk_args&, int64_t, int64_t, float*);
 struct Isa {
   const char* name;
   int32_t rank;  // the fastest usable one wins: higher is faster, scalar is 0
-  int32_t lanes;
+  int32_t lanes, registers;
   bool (*usable)();
   RunFn run[kKernelCount];
 };
+
+const Isa* isa_at(int32_t index);  // null if out of range
 
 }  // namespace tk
 

@@ -36,7 +36,7 @@ typedef enum tk_status {
   TK_BAD_GAPS = 6,         // gap-coded positions that repeat or leave the weight
   TK_BAD_BUFFER = 7,       // a packed buffer too small or never packed, or a buffer not aligned to TK_ALIGNMENT bytes
   TK_BAD_ISA = 8,          // an ISA this build or this machine does not have
-  TK_TOO_LARGE = 9         // a layer beyond the 32-bit offsets of the packed form
+  TK_TOO_LARGE = 9         // a layer beyond the offsets of the packed form
 } tk_status;
 
 TK_API const char* tk_status_text(tk_status status);
@@ -91,7 +91,8 @@ typedef struct tk_conv2d {
 // How a layer is cut up. 0 means: choose. The choice changes speed and, in the last bits, the order of summation.
 typedef struct tk_tuning {
   int32_t tile_vectors;    // vectors of pixels per tile, 1 … 14
-  int32_t block_channels;  // input channels per block
+  int32_t block_channels;  // input channels per block, at most; fewer where they would not fit 16-bit offsets
+  int32_t group_tiles;     // tiles whose input is gathered at once, at most
 } tk_tuning;
 
 // Bytes of the packed buffer, and the packing itself. `tuning` may be null. The packed buffer is position independent and

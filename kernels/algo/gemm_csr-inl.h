@@ -2,13 +2,14 @@
 // run along the batch, a tile of x and of y is transposed through the workspace. Included by isa/*.cc after rows-inl.h.
 
 // One output of one batch row; four chains hide the latency of the additions.
-static float dot(const Entry* e, const Entry* end, const float* x) {
-  constexpr int32_t column_bytes = kGemmTileVectors * Vec::kLanes * static_cast<int32_t>(sizeof(float));
+static float dot(const float* values, const uint16_t* offsets, int64_t count, const float* x) {
+  constexpr int column_floats = kGemmTileVectors * Vec::kLanes;
   float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-  for (; end - e >= 4; e += 4) {
-    for (int i = 0; i < 4; ++i) sum[i] += e[i].value * x[e[i].offset_bytes / column_bytes];
+  int64_t e = 0;
+  for (; count - e >= 4; e += 4) {
+    for (int i = 0; i < 4; ++i) sum[i] += values[e + i] * x[offsets[e + i] / column_floats];
   }
-  for (; e < end; ++e) sum[0] += e->value * x[e->offset_bytes / column_bytes];
+  for (; e < count; ++e) sum[0] += values[e] * x[offsets[e] / column_floats];
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
@@ -18,7 +19,8 @@ static void gemm_row(const Packed& p, const tk_args& a, int64_t n, int64_t row_b
     float sum = (a.bias ? a.bias[m] : 0.0f) + (a.residual ? a.residual[n * p.rows + m] : 0.0f);
     for (int64_t block = 0; block < p.blocks; ++block) {
       const uint32_t* const row_ptr = p.row_ptr(block);
-      sum += dot(p.entries() + row_ptr[m], p.entries() + row_ptr[m + 1], x + p.block_begin(block));
+      const int64_t at = row_ptr[m];
+      sum += dot(p.values() + at, p.offsets() + at, row_ptr[m + 1] - at, x + p.block_begin(block));
     }
     a.y[n * p.rows + m] = clip(sum, a.min, a.max);
   }
@@ -31,24 +33,21 @@ static void gemm_tile(const Packed& p, const tk_args& a, int64_t n, int64_t coun
   float* const x_t = workspace;
   float* const y_t = workspace + p.block_channels * tile;
   const int vectors = static_cast<int>((count + Vec::kLanes - 1) / Vec::kLanes);
-  if (a.residual) {
-    for (int64_t m = row_begin; m < row_end; ++m) {
-      for (int64_t i = 0; i < count; ++i) y_t[m * tile + i] = a.residual[(n + i) * p.rows + m];
-      zero(y_t + m * tile + count, vectors * Vec::kLanes - count);
-    }
-  }
   Tile t{};
-  t.entries = p.entries();
+  t.values = p.values();
+  t.offsets = p.offsets();
   t.x = x_t;
+  t.acc = y_t;
   t.y = y_t;
-  t.residual = a.residual ? y_t : nullptr;
+  t.residual = nullptr;
   t.bias = a.bias;
+  t.acc_stride = tile;
   t.y_stride = tile;
   t.row_begin = row_begin;
   t.row_end = row_end;
   t.last_lanes = Vec::kLanes;
-  t.min = a.min;
-  t.max = a.max;
+  t.min = a.residual ? -kInfinity : a.min;
+  t.max = a.residual ? kInfinity : a.max;
   for (int64_t block = 0; block < p.blocks; ++block) {
     const int64_t begin = p.block_begin(block), end = smaller(begin + p.block_channels, p.cols);
     for (int64_t k = begin; k < end; ++k) {
@@ -59,10 +58,13 @@ static void gemm_tile(const Packed& p, const tk_args& a, int64_t n, int64_t coun
     t.row_ptr = p.row_ptr(block);
     t.first = block == 0;
     t.last = block == p.blocks - 1;
-    rows(vectors, t);
+    csr_rows(vectors, t);
   }
   for (int64_t i = 0; i < count; ++i) {
-    for (int64_t m = row_begin; m < row_end; ++m) a.y[(n + i) * p.rows + m] = y_t[m * tile + i];
+    for (int64_t m = row_begin; m < row_end; ++m) {
+      const int64_t at = (n + i) * p.rows + m;
+      a.y[at] = a.residual ? clip(y_t[m * tile + i] + a.residual[at], a.min, a.max) : y_t[m * tile + i];
+    }
   }
 }
 

@@ -13,7 +13,7 @@ TK_TARGET_BEGIN("avx512f")
 namespace tk::avx512 {
 
 struct Vec {
-  static constexpr int kLanes = 16;
+  static constexpr int kLanes = 16, kRegisters = 32;
   __m512 v;
 
   static Vec set(float x) { return {_mm512_set1_ps(x)}; }
@@ -28,6 +28,12 @@ struct Vec {
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store_first(float* p, int32_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
   Vec operator+(const Vec& b) const { return {_mm512_add_ps(v, b.v)}; }
+  // All bits set in lanes [begin, end), for operator&.
+  static Vec mask(int64_t begin, int64_t end) {
+    const __mmask16 lanes = static_cast<__mmask16>(first(static_cast<int32_t>(end)) & ~first(static_cast<int32_t>(begin)));
+    return {_mm512_castsi512_ps(_mm512_maskz_set1_epi32(lanes, -1))};
+  }
+  Vec operator&(const Vec& b) const { return {_mm512_castsi512_ps(_mm512_and_epi32(_mm512_castps_si512(v), _mm512_castps_si512(b.v)))}; }
 };
 
 static inline Vec fma(const Vec& a, const Vec& b, const Vec& c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }

@@ -6,24 +6,33 @@
 #define TK_UNROLL _Pragma("GCC unroll 16")
 #endif
 
+static constexpr float kInfinity = __builtin_inff();
+
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline float clip(float x, float lo, float hi) { return x < lo ? lo : x > hi ? hi : x; }
-static inline const float* shift_bytes(const float* p, int64_t bytes) {
-  return reinterpret_cast<const float*>(reinterpret_cast<const char*>(p) + bytes);
-}
-
 static inline void zero(float* to, int64_t n) {
   int64_t i = 0;
   for (; i + Vec::kLanes <= n; i += Vec::kLanes) Vec::set(0.0f).store(to + i);
   for (; i < n; ++i) to[i] = 0.0f;
 }
 
-// to[i] = from[i * stride] for i in [0, n). May write up to Vec::kLanes - 1 floats beyond to[n - 1]; reads nothing at or behind `limit`.
-static inline void copy_strided(const float* from, int64_t stride, int64_t n, float* to, const float* limit) {
+// to[i] = from[i] for i in [0, n): reads and writes nothing else.
+static inline void copy(const float* from, int64_t n, float* to) {
+  if (n < Vec::kLanes) {
+    for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+    return;
+  }
+  for (int64_t i = 0; i + Vec::kLanes < n; i += Vec::kLanes) Vec::load(from + i).store(to + i);
+  Vec::load(from + n - Vec::kLanes).store(to + n - Vec::kLanes);
+}
+
+// to[i] = from[i * stride] for i in [0, n). May write more, but nothing at or behind `end`; reads nothing at or behind `limit`.
+static inline void copy_strided(const float* from, int64_t stride, int64_t n, float* to, const float* limit, const float* end) {
   int64_t i = 0;
   if (stride <= 2) {
-    for (; i < n && stride * (i + Vec::kLanes) <= limit - from; i += Vec::kLanes) {
+    const int64_t readable = limit - from, writable = end - to;
+    for (; i < n && stride * (i + Vec::kLanes) <= readable && i + Vec::kLanes <= writable; i += Vec::kLanes) {
       (stride == 1 ? Vec::load(from + i) : Vec::load_even(from + 2 * i)).store(to + i);
     }
   }

@@ -1,6 +1,8 @@
 // The algorithms, and the ISA's row of the dispatch table. Included last, inside the ISA's namespace.
 
 #include "../algo/rows-inl.h"
+#include "../algo/strips-inl.h"
+#include "../algo/conv2d-inl.h"
 #include "../algo/conv2d_csr-inl.h"
 #include "../algo/gemm_csr-inl.h"
 
@@ -8,6 +10,7 @@ static constexpr Isa describe(const char* name, int32_t rank, bool (*usable)()) 
   return {name,
           rank,
           Vec::kLanes,
+          Vec::kRegisters,
           usable,
           {
 #define TK_KERNEL(op, format, type) op##_##format##_##type,

@@ -7,7 +7,7 @@
 namespace tk::neon {
 
 struct Vec {
-  static constexpr int kLanes = 4;
+  static constexpr int kLanes = 4, kRegisters = 32;
   float32x4_t v;
 
   static Vec set(float x) { return {vdupq_n_f32(x)}; }
@@ -26,6 +26,13 @@ struct Vec {
     for (int i = 0; i < n; ++i) p[i] = lanes[i];
   }
   Vec operator+(const Vec& b) const { return {vaddq_f32(v, b.v)}; }
+  // All bits set in lanes [begin, end), for operator&.
+  static Vec mask(int64_t begin, int64_t end) {
+    uint32_t lanes[kLanes];
+    for (int i = 0; i < kLanes; ++i) lanes[i] = i >= begin && i < end ? ~0u : 0u;
+    return {vreinterpretq_f32_u32(vld1q_u32(lanes))};
+  }
+  Vec operator&(const Vec& b) const { return {vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(v), vreinterpretq_u32_f32(b.v)))}; }
 };
 
 static inline Vec fma(const Vec& a, const Vec& b, const Vec& c) { return {vfmaq_f32(c.v, a.v, b.v)}; }

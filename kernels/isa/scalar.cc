@@ -4,7 +4,7 @@
 namespace tk::scalar {
 
 struct Vec {
-  static constexpr int kLanes = 16;
+  static constexpr int kLanes = 16, kRegisters = 16;
   float lane[kLanes];
 
   static Vec set(float x) {
@@ -31,6 +31,17 @@ struct Vec {
   Vec operator+(const Vec& b) const {
     Vec r;
     for (int i = 0; i < kLanes; ++i) r.lane[i] = lane[i] + b.lane[i];
+    return r;
+  }
+  // Ones in lanes [begin, end), for operator&.
+  static Vec mask(int64_t begin, int64_t end) {
+    Vec r;
+    for (int i = 0; i < kLanes; ++i) r.lane[i] = i >= begin && i < end ? 1.0f : 0.0f;
+    return r;
+  }
+  Vec operator&(const Vec& b) const {
+    Vec r;
+    for (int i = 0; i < kLanes; ++i) r.lane[i] = b.lane[i] != 0.0f ? lane[i] : 0.0f;
     return r;
   }
 };

@@ -82,7 +82,7 @@ class _Conv2d(c.Structure):
 
 
 class _Tuning(c.Structure):
-    _fields_ = [("tile_vectors", c.c_int32), ("block_channels", c.c_int32)]
+    _fields_ = [(name, c.c_int32) for name in ("tile_vectors", "block_channels", "group_tiles")]
 
 
 class _Args(c.Structure):
@@ -223,11 +223,13 @@ class Layer:
         maximum: float = np.inf,
         cuts: Sequence[int] = (),
         out: FloatArray | None = None,
+        workspace: NDArray[np.uint8] | None = None,
     ) -> FloatArray:
         """clip(op(x) + bias + residual) for x f32 [batch, *in_shape]; returns f32 [batch, *out_shape], written to `out` if given.
 
         bias is f32 [out_shape[0]], residual has the shape of the result; `cuts` are the part numbers at which the work is split into
-        separate calls (the result does not depend on them). `out` may be the residual, but not overlap x. Raises KernelError for a wrong
+        separate calls (the result does not depend on them). `out` may be the residual, but not overlap x. `workspace` is scratch of
+        `aligned(workspace_bytes)`, to be given where runs are timed: fresh memory costs page faults. Raises KernelError for a wrong
         shape or dtype, an `out` that cannot be written, minimum > maximum.
         """
         batch = x.shape[0] if x.ndim else 0
@@ -240,7 +242,9 @@ class Layer:
             raise KernelError("out: expected a writable array that does not overlap x")
         if batch == 0:
             return y
-        scratch = aligned(self.workspace_bytes)
+        scratch = aligned(self.workspace_bytes) if workspace is None else workspace
+        if scratch.nbytes < self.workspace_bytes:
+            raise KernelError(f"workspace: expected {self.workspace_bytes} bytes, got {scratch.nbytes}")
         args = _Args(batch, x.ctypes.data, None if bias is None else bias.ctypes.data,
                      None if residual is None else residual.ctypes.data, y.ctypes.data, minimum, maximum)  # fmt: skip
         edges = [0, *sorted(cuts), self.parts(batch)]
@@ -274,11 +278,12 @@ def _isa_index(isa: str | None) -> int:
 
 @dataclass(frozen=True)
 class Tuning:
-    """How a convolution is cut up (`tk_tuning`): vectors of pixels per tile (1 … 14) and input channels per block; 0 leaves the choice
-    to the library."""
+    """How a convolution is cut up (`tk_tuning`): vectors of pixels per tile (1 … 14), input channels per block, and tiles gathered at
+    once; 0 leaves the choice to the library."""
 
     tile_vectors: int = 0
     block_channels: int = 0
+    group_tiles: int = 0
 
 
 def conv2d(shape: ConvShape, parts: Parts, *, isa: str | None = None, tuning: Tuning | None = None) -> Layer:

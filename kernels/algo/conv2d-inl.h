@@ -1,0 +1,88 @@
+// Convolution on NCHW images, for every weight format: `Rows` is the format's inner loop. Lanes run along flattened output pixels; input
+// channels come in blocks whose strips (packed.h) stay in or next to L1 while every output row of the tile passes over them. Included by
+// isa/*.cc after rows-inl.h and strips-inl.h.
+
+// Spans of the tile of `count` pixels from pixel `first` (pitched) on; returns their number. `to` is relative to the first pixel's row start.
+static int32_t tile_spans(const Packed& p, int64_t first, int64_t count, Span* spans) {
+  int32_t n = 0;
+  const int64_t first_row = first / p.pitch;
+  for (int64_t at = 0; at < count;) {
+    const int64_t row = (first + at) / p.pitch, column = (first + at) % p.pitch;
+    const int64_t here = smaller(count - at, p.pitch - column), inside = smaller(here, p.out_w - column);
+    if (inside > 0) spans[n++] = {static_cast<int32_t>(at), static_cast<int32_t>(inside), (row - first_row) * p.out_w + column};
+    at += here;
+  }
+  return n;
+}
+
+// One range of rows of a group of tiles.
+template <void (*Rows)(int, const Tile&)>
+struct Conv2dGroup {
+  const Packed& p;
+  const tk_args& a;
+  int64_t image, tile, tiles, row_begin, row_end;
+  float *strips, *accumulators;
+
+  void fill(int64_t block) const {
+    const int64_t planes = p.shape.in_channels, pixels = p.shape.in_h * p.shape.in_w, begin = p.block_begin(block);
+    const int64_t channels = smaller(p.block_channels, planes - begin);
+    const float* const from = a.x + (image * planes + begin) * pixels;
+    fill_strips(p, {a.x, a.x + a.batch * planes * pixels, from, channels, tile * p.tile_floats(), tiles, strips});
+  }
+
+  // The rows of the group's i-th tile, whose accumulators lie at `acc`.
+  void rows(int64_t block, int64_t i, float* acc) const {
+    const int64_t first = (tile + i) * p.tile_floats(), count = smaller(p.tile_floats(), p.out_h * p.pitch - first);
+    const int vectors = static_cast<int>((count + Vec::kLanes - 1) / Vec::kLanes);
+    Span spans[kMaxTileVectors * Vec::kLanes];
+    Tile t{};
+    t.values = p.values();
+    t.offsets = p.offsets();
+    t.row_ptr = p.row_ptr(block);
+    t.x = strips + i * p.tile_floats();
+    t.acc_stride = p.tile_floats();
+    t.acc = acc - row_begin * t.acc_stride;
+    t.bias = a.bias;
+    t.y_stride = p.out_h * p.out_w;
+    t.row_begin = row_begin;
+    t.row_end = row_end;
+    t.last_lanes = static_cast<int32_t>(count - (vectors - 1) * Vec::kLanes);
+    t.first = block == 0;
+    t.last = block == p.blocks - 1;
+    t.min = a.min;
+    t.max = a.max;
+    int64_t y_at = image * p.rows * t.y_stride + first;
+    if (p.pitch != p.out_w && t.last) {
+      t.spans = spans;
+      t.span_count = tile_spans(p, first, count, spans);
+      y_at += first / p.pitch * p.out_w - first;
+    }
+    t.y = a.y + y_at;
+    t.residual = a.residual ? a.residual + y_at : nullptr;
+    Rows(vectors, t);
+  }
+
+  // Every block passes over all rows in turn, their accumulators wait.
+  void run() const {
+    for (int64_t block = 0; block < p.blocks; ++block) {
+      fill(block);
+      for (int64_t i = 0; i < tiles; ++i) {
+        rows(block, i, accumulators + i * (row_end - row_begin) * p.tile_floats());
+      }
+    }
+  }
+};
+
+template <void (*Rows)(int, const Tile&)>
+static void conv2d(const Packed& p, const tk_args& a, int64_t part_begin, int64_t part_end, float* workspace) {
+  const int64_t parts_per_image = p.tiles * p.row_groups;
+  for (int64_t part = part_begin; part < part_end;) {
+    const int64_t image = part / parts_per_image, tile = part % parts_per_image / p.row_groups, group = part % p.row_groups;
+    // A range that starts or ends within a tile takes some rows of that one; else whole tiles, as many as are filled together.
+    const int64_t groups = smaller(p.row_groups - group, part_end - part), whole = (part_end - part) / p.row_groups;
+    const int64_t tiles = groups < p.row_groups ? 1 : smaller(smaller(whole, p.group_tiles), p.tiles - tile);
+    part += groups < p.row_groups ? groups : tiles * groups;
+    const int64_t row_begin = group * kGroupRows, row_end = smaller(p.rows, (group + groups) * kGroupRows);
+    Conv2dGroup<Rows>{p, a, image, tile, tiles, row_begin, row_end, workspace, workspace + p.strips_floats()}.run();
+  }
+}
