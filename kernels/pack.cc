@@ -62,15 +62,15 @@ struct RowPhases {
 };
 
 // A header with what every kernel's has.
-Packed header(Kernel kernel, int32_t isa, const tk_csr& w) {
+Packed header(Kernel csr, Kernel bsr, tk_format format, int32_t isa, const tk_csr& w) {
   Packed p{};
   p.magic = kMagic;
-  p.kernel = kernel;
+  p.kernel = format == TK_CSR ? csr : bsr;
   p.isa = isa;
   p.lanes = tk_isa_lanes(isa);
   p.rows = w.rows;
   p.cols = w.cols;
-  p.unit_rows = 1;
+  p.unit_rows = format == TK_CSR ? 1 : kBlockRows;
   p.group_tiles = 1;
   p.row_groups = ceil_div(w.rows, kGroupRows);
   return p;
@@ -121,10 +121,13 @@ int64_t choose_pitch(const tk_conv2d& s, const Packed& p) {
   return best;
 }
 
+// Vectors of the widest tile its loop takes.
+int64_t most_vectors(const Packed& p) { return p.unit_rows == 1 ? kMaxTileVectors : max_block_vectors(isa_at(p.isa)->registers); }
+
 // Cuts the pixels into tiles of whole vectors, shared out evenly.
 void cut_tiles(int64_t tile_vectors, Packed* p) {
-  const int64_t vectors = ceil_div(p->out_h * p->pitch, p->lanes);
-  p->tile_vectors = i32(tile_vectors ? tile_vectors : ceil_div(vectors, ceil_div(vectors, kGoodTile)));
+  const int64_t vectors = ceil_div(p->out_h * p->pitch, p->lanes), good = p->unit_rows == 1 ? kGoodTile : most_vectors(*p);
+  p->tile_vectors = i32(tile_vectors ? tile_vectors : ceil_div(vectors, ceil_div(vectors, good)));
   p->tiles = ceil_div(vectors, p->tile_vectors);
 }
 
@@ -156,12 +159,13 @@ tk_status cut_blocks(const tk_tuning& tuning, Packed* p) {
 }
 
 // Fills the header, all but the places of the arrays. Sizes depend on shape, nnz, ISA and tuning only.
-tk_status plan_conv2d(const tk_conv2d& s, const tk_csr& w, int32_t isa, const tk_tuning* given, Packed* p) {
+tk_status plan_conv2d(const tk_conv2d& s, const tk_csr& w, tk_format format, int32_t isa, const tk_tuning* given, Packed* p) {
   const tk_status bad = check_shape(s, w);
   if (bad != TK_OK) return bad;
-  const tk_tuning tuning = given ? *given : tk_tuning{};
+  tk_tuning tuning = given ? *given : tk_tuning{};
   if (!within(tuning.tile_vectors, 0, kMaxTileVectors) || tuning.block_channels < 0 || tuning.group_tiles < 0) return TK_BAD_ARGUMENT;
-  *p = header(k_conv2d_csr_f32, isa, w);
+  *p = header(k_conv2d_csr_f32, k_conv2d_bsr_f32, format, isa, w);
+  if (tuning.tile_vectors > most_vectors(*p)) tuning.tile_vectors = i32(most_vectors(*p));
   p->shape = s;
   p->out_h = (s.in_h + s.pad_top + s.pad_bottom - s.dilation_h * (s.kernel_h - 1) - 1) / s.stride_h + 1;
   p->out_w = (s.in_w + s.pad_left + s.pad_right - s.dilation_w * (s.kernel_w - 1) - 1) / s.stride_w + 1;
@@ -175,24 +179,13 @@ tk_status plan_conv2d(const tk_conv2d& s, const tk_csr& w, int32_t isa, const tk
   return status;
 }
 
-tk_status plan_gemm(const tk_csr& w, int32_t isa, Packed* p) {
+tk_status plan_gemm(const tk_csr& w, tk_format format, int32_t isa, Packed* p) {
   if (!within(w.rows, 1, INT32_MAX) || !within(w.cols, 1, INT32_MAX)) return TK_BAD_SHAPE;
-  *p = header(k_gemm_csr_f32, isa, w);
-  p->tile_vectors = kGemmTileVectors;
+  *p = header(k_gemm_csr_f32, k_gemm_bsr_f32, format, isa, w);
+  p->tile_vectors = format == TK_CSR ? kGemmTileVectors : i32(most_vectors(*p));
   p->channel_floats = p->tile_floats();
   p->block_channels = w.cols < kGemmBlock ? w.cols : kGemmBlock;
   p->blocks = ceil_div(w.cols, p->block_channels);
-  return TK_OK;
-}
-
-// Places the arrays behind the header; `stored` values.
-tk_status lay_out(int64_t stored, Packed* p) {
-  if (stored < 0 || stored > INT32_MAX || p->blocks > kMaxRowPointers / (p->units() + 1)) return TK_TOO_LARGE;
-  p->strips_at = round_up(sizeof(Packed), TK_ALIGNMENT);
-  p->row_ptr_at = round_up(p->strips_at + p->strip_count * int64_t{sizeof(Strip)}, TK_ALIGNMENT);
-  p->values_at = round_up(p->row_ptr_at + p->blocks * (p->units() + 1) * int64_t{sizeof(uint32_t)}, TK_ALIGNMENT);
-  p->offsets_at = round_up(p->values_at + stored * int64_t{sizeof(float)}, TK_ALIGNMENT);
-  p->total_bytes = round_up(p->offsets_at + stored / p->unit_rows * int64_t{sizeof(uint16_t)}, TK_ALIGNMENT);
   return TK_OK;
 }
 
@@ -203,40 +196,103 @@ T* mutable_at(void* packed, int64_t offset) {
   return reinterpret_cast<T*>(static_cast<char*>(packed) + offset);
 }
 
-// Copies the non-zeros block by block, rows in order; offset(column) says where a column's input starts within its block.
+// Walks the columns of p.unit_rows rows that have a non-zero in any of them, ascending: `at` is the column, INT64_MAX at the end.
+struct UnitColumns {
+  UnitColumns(const tk_csr& weight, int64_t unit_rows, int64_t unit) : w(weight), rows(i32(unit_rows)) {
+    for (int32_t r = 0; r < rows; ++r) {
+      const int64_t m = unit * unit_rows + r;
+      next[r] = m < w.rows ? w.row_ptr[m] : 0;
+      end[r] = m < w.rows ? w.row_ptr[m + 1] : 0;
+    }
+    find();
+  }
+  // The unit's values in this column; then on to the next.
+  void take(float* values) {
+    for (int32_t r = 0; r < rows; ++r) {
+      const bool here = next[r] < end[r] && w.col_indices[next[r]] == at;
+      if (values) values[r] = here ? w.values[next[r]] : 0.0f;
+      next[r] += here;
+    }
+    find();
+  }
+  void find() {
+    at = INT64_MAX;
+    for (int32_t r = 0; r < rows; ++r) {
+      if (next[r] < end[r] && w.col_indices[next[r]] < at) at = w.col_indices[next[r]];
+    }
+  }
+
+  const tk_csr& w;
+  int32_t rows;
+  int64_t at, next[kBlockRows], end[kBlockRows];
+};
+
+// The weight must be valid.
+int64_t stored_values(const tk_csr& w, int64_t unit_rows) {
+  if (unit_rows == 1) return w.nnz;
+  int64_t columns = 0;
+  for (int64_t unit = 0; unit < ceil_div(w.rows, unit_rows); ++unit) {
+    for (UnitColumns c(w, unit_rows, unit); c.at != INT64_MAX; c.take(nullptr)) ++columns;
+  }
+  return columns * unit_rows;
+}
+
+// Writes the stored values block by block, units in order; offset(column) says where a column's input starts within its block.
 template <class Offset>
 void write_entries(const tk_csr& w, int64_t columns_per_channel, const Packed& p, void* packed, Offset offset) {
-  uint32_t* row_ptr = mutable_at<uint32_t>(packed, p.row_ptr_at);
+  uint32_t* const row_ptr = mutable_at<uint32_t>(packed, p.row_ptr_at);
   float* const values = mutable_at<float>(packed, p.values_at);
   uint16_t* const offsets = mutable_at<uint16_t>(packed, p.offsets_at);
-  uint32_t count = 0;
-  for (int64_t block = 0; block < p.blocks; ++block) {
-    const int64_t begin = p.block_begin(block) * columns_per_channel, end = begin + p.block_channels * columns_per_channel;
-    for (int64_t m = 0; m < w.rows; ++m) {
-      *row_ptr++ = count;
-      int64_t low = w.row_ptr[m], high = w.row_ptr[m + 1];  // first entry at or behind `begin`
-      while (low < high) {
-        const int64_t middle = low + (high - low) / 2;
-        if (w.col_indices[middle] < begin) {
-          low = middle + 1;
-        } else {
-          high = middle;
-        }
+  const int64_t units = p.units(), block_columns = p.block_channels * columns_per_channel;
+  const auto pointer = [&](int64_t block, int64_t unit) -> uint32_t& { return row_ptr[block * (units + 1) + unit]; };
+  for (int64_t i = 0; i < p.blocks * (units + 1); ++i) row_ptr[i] = 0;
+  for (int64_t unit = 0; unit < units; ++unit) {
+    for (UnitColumns c(w, p.unit_rows, unit); c.at != INT64_MAX; c.take(nullptr)) ++pointer(c.at / block_columns, unit + 1);
+  }
+  for (int64_t block = 0; block < p.blocks; ++block) {  // from counts to where each unit of a block starts
+    if (block > 0) pointer(block, 0) = pointer(block - 1, units);
+    for (int64_t unit = 0; unit < units; ++unit) pointer(block, unit + 1) += pointer(block, unit);
+  }
+  for (int64_t unit = 0; unit < units; ++unit) {
+    int64_t block = -1, to = 0;
+    for (UnitColumns c(w, p.unit_rows, unit); c.at != INT64_MAX; ++to) {
+      if (c.at / block_columns != block) {
+        block = c.at / block_columns;
+        to = pointer(block, unit);
       }
-      for (int64_t i = low; i < w.row_ptr[m + 1] && w.col_indices[i] < end; ++i) {
-        values[count] = w.values[i];
-        offsets[count++] = static_cast<uint16_t>(offset(w.col_indices[i] - begin));
-      }
+      offsets[to] = static_cast<uint16_t>(offset(c.at - block * block_columns));
+      c.take(values + to * p.unit_rows);
     }
-    *row_ptr++ = count;
   }
 }
+
+// Places the arrays behind the header.
+tk_status lay_out(const tk_csr& w, Packed* p) {
+  if (p->blocks > kMaxRowPointers / (p->units() + 1)) return TK_TOO_LARGE;
+  const int64_t stored = stored_values(w, p->unit_rows);
+  if (stored > INT32_MAX) return TK_TOO_LARGE;
+  p->strips_at = round_up(sizeof(Packed), TK_ALIGNMENT);
+  p->row_ptr_at = round_up(p->strips_at + p->strip_count * int64_t{sizeof(Strip)}, TK_ALIGNMENT);
+  p->values_at = round_up(p->row_ptr_at + p->blocks * (p->units() + 1) * int64_t{sizeof(uint32_t)}, TK_ALIGNMENT);
+  p->offsets_at = round_up(p->values_at + stored * int64_t{sizeof(float)}, TK_ALIGNMENT);
+  p->total_bytes = round_up(p->offsets_at + stored / p->unit_rows * int64_t{sizeof(uint16_t)}, TK_ALIGNMENT);
+  return TK_OK;
+}
+
+bool is_gemm(const Packed& p) { return p.kernel == k_gemm_csr_f32 || p.kernel == k_gemm_bsr_f32; }
 
 tk_status check_buffer(const Packed& p, const void* packed, size_t bytes) {
   return packed && aligned(packed) && bytes >= static_cast<size_t>(p.total_bytes) ? TK_OK : TK_BAD_BUFFER;
 }
 
-bool known_isa(int32_t isa) { return within(isa, 0, tk_isa_count() - 1) && tk_isa_usable(isa); }
+bool known_format(tk_format format) { return format == TK_CSR || format == TK_BSR; }
+
+// What every packing checks first.
+tk_status check_weight(const tk_csr& w, tk_format format, int32_t isa) {
+  if (!known_format(format)) return TK_BAD_ARGUMENT;
+  if (!within(isa, 0, tk_isa_count() - 1) || !tk_isa_usable(isa)) return TK_BAD_ISA;
+  return tk_csr_validate(&w);
+}
 
 }  // namespace
 }  // namespace tk
@@ -281,25 +337,30 @@ tk_status tk_gaps_decode(int64_t rows, int64_t cols, int64_t nnz, const uint16_t
   return TK_OK;
 }
 
-tk_status tk_conv2d_csr_packed_bytes(const tk_conv2d* shape, const tk_csr* w, int32_t isa, const tk_tuning* tuning, size_t* packed_bytes) {
+int64_t tk_stored_values(const tk_csr* w, tk_format format) {
+  if (tk_csr_validate(w) != TK_OK || !known_format(format)) return 0;
+  return stored_values(*w, format == TK_CSR ? 1 : kBlockRows);
+}
+
+tk_status tk_conv2d_packed_bytes(const tk_conv2d* shape, const tk_csr* w, tk_format format, int32_t isa, const tk_tuning* tuning,
+                                 size_t* packed_bytes) {
   if (!shape || !w || !packed_bytes) return TK_BAD_ARGUMENT;
-  if (!known_isa(isa)) return TK_BAD_ISA;
   Packed p;
-  tk_status status = plan_conv2d(*shape, *w, isa, tuning, &p);
-  if (status == TK_OK) status = lay_out(w->nnz, &p);
+  tk_status status = check_weight(*w, format, isa);
+  if (status == TK_OK) status = plan_conv2d(*shape, *w, format, isa, tuning, &p);
+  if (status == TK_OK) status = lay_out(*w, &p);
   if (status == TK_OK) *packed_bytes = static_cast<size_t>(p.total_bytes);
   return status;
 }
 
-tk_status tk_conv2d_csr_pack(const tk_conv2d* shape, const tk_csr* w, int32_t isa, const tk_tuning* tuning, void* packed,
-                             size_t packed_bytes) {
+tk_status tk_conv2d_pack(const tk_conv2d* shape, const tk_csr* w, tk_format format, int32_t isa, const tk_tuning* tuning, void* packed,
+                         size_t packed_bytes) {
   if (!shape || !w) return TK_BAD_ARGUMENT;
-  if (!known_isa(isa)) return TK_BAD_ISA;
   Packed p;
-  tk_status status = plan_conv2d(*shape, *w, isa, tuning, &p);
-  if (status == TK_OK) status = lay_out(w->nnz, &p);
+  tk_status status = check_weight(*w, format, isa);
+  if (status == TK_OK) status = plan_conv2d(*shape, *w, format, isa, tuning, &p);
+  if (status == TK_OK) status = lay_out(*w, &p);
   if (status == TK_OK) status = check_buffer(p, packed, packed_bytes);
-  if (status == TK_OK) status = tk_csr_validate(w);
   if (status != TK_OK) return status;
   *static_cast<Packed*>(packed) = p;
   const tk_conv2d& s = *shape;
@@ -316,24 +377,23 @@ tk_status tk_conv2d_csr_pack(const tk_conv2d* shape, const tk_csr* w, int32_t is
   return TK_OK;
 }
 
-tk_status tk_gemm_csr_packed_bytes(const tk_csr* w, int32_t isa, size_t* packed_bytes) {
+tk_status tk_gemm_packed_bytes(const tk_csr* w, tk_format format, int32_t isa, size_t* packed_bytes) {
   if (!w || !packed_bytes) return TK_BAD_ARGUMENT;
-  if (!known_isa(isa)) return TK_BAD_ISA;
   Packed p;
-  tk_status status = plan_gemm(*w, isa, &p);
-  if (status == TK_OK) status = lay_out(w->nnz, &p);
+  tk_status status = check_weight(*w, format, isa);
+  if (status == TK_OK) status = plan_gemm(*w, format, isa, &p);
+  if (status == TK_OK) status = lay_out(*w, &p);
   if (status == TK_OK) *packed_bytes = static_cast<size_t>(p.total_bytes);
   return status;
 }
 
-tk_status tk_gemm_csr_pack(const tk_csr* w, int32_t isa, void* packed, size_t packed_bytes) {
+tk_status tk_gemm_pack(const tk_csr* w, tk_format format, int32_t isa, void* packed, size_t packed_bytes) {
   if (!w) return TK_BAD_ARGUMENT;
-  if (!known_isa(isa)) return TK_BAD_ISA;
   Packed p;
-  tk_status status = plan_gemm(*w, isa, &p);
-  if (status == TK_OK) status = lay_out(w->nnz, &p);
+  tk_status status = check_weight(*w, format, isa);
+  if (status == TK_OK) status = plan_gemm(*w, format, isa, &p);
+  if (status == TK_OK) status = lay_out(*w, &p);
   if (status == TK_OK) status = check_buffer(p, packed, packed_bytes);
-  if (status == TK_OK) status = tk_csr_validate(w);
   if (status != TK_OK) return status;
   *static_cast<Packed*>(packed) = p;
   write_entries(*w, 1, p, packed, [&](int64_t column) { return column * p.channel_floats; });
@@ -343,7 +403,7 @@ tk_status tk_gemm_csr_pack(const tk_csr* w, int32_t isa, void* packed, size_t pa
 int64_t tk_parts(const void* packed, int64_t batch) {
   const Packed* p = static_cast<const Packed*>(packed);
   if (!p || p->magic != kMagic || !within(batch, 1, INT32_MAX)) return 0;
-  const int64_t tiles = p->kernel == k_gemm_csr_f32 ? ceil_div(batch, p->channel_floats) : batch * p->tiles;
+  const int64_t tiles = is_gemm(*p) ? ceil_div(batch, p->channel_floats) : batch * p->tiles;
   return tiles * p->row_groups;
 }
 
@@ -351,10 +411,10 @@ size_t tk_workspace_bytes(const void* packed) {
   const Packed* p = static_cast<const Packed*>(packed);
   if (!p || p->magic != kMagic) return 0;
   int64_t floats = p->strips_floats();
-  if (p->kernel == k_gemm_csr_f32) {
-    floats += p->rows * p->channel_floats;
+  if (is_gemm(*p)) {
+    floats += p->units() * p->unit_rows * p->channel_floats;
   } else if (p->blocks > 1) {
-    floats += p->group_tiles * p->rows * p->tile_floats();
+    floats += p->group_tiles * p->units() * p->unit_rows * p->tile_floats();
   }
   return static_cast<size_t>(round_up(floats * 4, TK_ALIGNMENT));
 }

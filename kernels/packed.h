@@ -10,7 +10,9 @@ constexpr uint64_t kMagic = 0x6b63617074656b74;  // "tketpack"; guards against a
 constexpr int kMaxTileVectors = 14;              // accumulators of one CSR tile: 14 of AVX2's 16 registers, plus weight and spare
 constexpr int kGemmTileVectors = 8;              // batch rows of one gemm tile, in vectors
 constexpr int64_t kBlockRows = 4;                // output rows of a BSR block
-constexpr int64_t kMaxBlockFloats = 1 << 16;     // input of one block: entries hold 16-bit offsets
+// Vectors of a BSR tile: kBlockRows accumulators for each, the vector itself, and one weight.
+constexpr int max_block_vectors(int registers) { return (registers - 1) / static_cast<int>(kBlockRows + 1); }
+constexpr int64_t kMaxBlockFloats = 1 << 16;  // input of one block: entries hold 16-bit offsets
 
 enum Kernel : int32_t {
 #define TK_KERNEL(op, format, type) k_##op##_##format##_##type,

@@ -1,6 +1,6 @@
 // ticketkit: sparse kernels for pruned networks. The C ABI; knows nothing of Python, torch or ONNX Runtime.
 //
-// Life of a layer:   tk_*_csr_packed_bytes -> (caller allocates) -> tk_*_csr_pack -> tk_run, from any number of threads at once.
+// Life of a layer:   tk_*_packed_bytes -> (caller allocates) -> tk_*_pack -> tk_run, from any number of threads at once.
 //
 // Rules that hold for every call
 //   * Sizes are element counts; a name that ends in `_bytes` says otherwise.
@@ -95,16 +95,23 @@ typedef struct tk_tuning {
   int32_t group_tiles;     // tiles whose input is gathered at once, at most
 } tk_tuning;
 
+// The forms a weight can be packed in. CSR: each row its own columns. BSR: blocks of 4 rows x 1 column, so that rows 4i … 4i+3 share
+// their columns; what a block holds beyond the weight's own non-zeros is stored as zeros.
+typedef enum tk_format { TK_CSR = 0, TK_BSR = 1 } tk_format;
+
+// Values the form stores, zeros of half-full blocks included: nnz for TK_CSR. 0 for a weight that tk_csr_validate refuses.
+TK_API int64_t tk_stored_values(const tk_csr* weight, tk_format format);
+
 // Bytes of the packed buffer, and the packing itself. `tuning` may be null. The packed buffer is position independent and
 // refers to neither `weight` nor `shape` afterwards.
-TK_API tk_status tk_conv2d_csr_packed_bytes(const tk_conv2d* shape, const tk_csr* weight, int32_t isa, const tk_tuning* tuning,
-                                            size_t* packed_bytes);
-TK_API tk_status tk_conv2d_csr_pack(const tk_conv2d* shape, const tk_csr* weight, int32_t isa, const tk_tuning* tuning, void* packed,
-                                    size_t packed_bytes);
+TK_API tk_status tk_conv2d_packed_bytes(const tk_conv2d* shape, const tk_csr* weight, tk_format format, int32_t isa,
+                                        const tk_tuning* tuning, size_t* packed_bytes);
+TK_API tk_status tk_conv2d_pack(const tk_conv2d* shape, const tk_csr* weight, tk_format format, int32_t isa, const tk_tuning* tuning,
+                                void* packed, size_t packed_bytes);
 
 // y[n,m] = clip(bias[m] + residual[n,m] + sum_k w[m,k] * x[n,k])
-TK_API tk_status tk_gemm_csr_packed_bytes(const tk_csr* weight, int32_t isa, size_t* packed_bytes);
-TK_API tk_status tk_gemm_csr_pack(const tk_csr* weight, int32_t isa, void* packed, size_t packed_bytes);
+TK_API tk_status tk_gemm_packed_bytes(const tk_csr* weight, tk_format format, int32_t isa, size_t* packed_bytes);
+TK_API tk_status tk_gemm_pack(const tk_csr* weight, tk_format format, int32_t isa, void* packed, size_t packed_bytes);
 
 // What one run reads and writes. x: [batch, in_channels, in_h, in_w] or [batch, cols]; y and residual: [batch, out_channels, out_h,
 // out_w] or [batch, rows]; bias: [out_channels] or [rows]. bias and residual may be null (zero). y may equal residual and overlaps

@@ -1,4 +1,4 @@
-// Replays the cases of replay.py through the C ABI on every usable ISA. Prints what it checked; exit code 1 on the first wrong result.
+// Replays the cases of replay.py through the C ABI on every usable ISA, in every packed form. Prints what it checked; exit code 1 on the first wrong result.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -41,7 +41,7 @@ struct Case {
   const int64_t* row_ptr = take<int64_t>(rows + 1);
 
   // Largest difference from the oracle; infinite where a call fails.
-  float run(int32_t isa) const {
+  float run(int32_t isa, tk_format format) const {
     tk_conv2d shape{};
     int64_t cols = head[3];
     if (conv) {
@@ -52,10 +52,11 @@ struct Case {
     const tk_csr weight = {rows, cols, nnz, values, col_indices, row_ptr};
     size_t bytes = 0;
     tk_status status =
-        conv ? tk_conv2d_csr_packed_bytes(&shape, &weight, isa, nullptr, &bytes) : tk_gemm_csr_packed_bytes(&weight, isa, &bytes);
+        conv ? tk_conv2d_packed_bytes(&shape, &weight, format, isa, nullptr, &bytes) : tk_gemm_packed_bytes(&weight, format, isa, &bytes);
     if (status != TK_OK) return INFINITY;
     void* const packed = aligned(bytes);
-    status = conv ? tk_conv2d_csr_pack(&shape, &weight, isa, nullptr, packed, bytes) : tk_gemm_csr_pack(&weight, isa, packed, bytes);
+    status =
+        conv ? tk_conv2d_pack(&shape, &weight, format, isa, nullptr, packed, bytes) : tk_gemm_pack(&weight, format, isa, packed, bytes);
     if (status != TK_OK) return INFINITY;
     void* const workspace = aligned(tk_workspace_bytes(packed));
     std::vector<float> y(static_cast<size_t>(y_count), NAN);
@@ -90,10 +91,12 @@ int main(int argc, char** argv) {
     for (int32_t isa = 0; isa < tk_isa_count(); ++isa) {
       if (!tk_isa_usable(isa)) continue;
       ++usable;
-      const float worst = c.run(isa);
-      if (!(worst <= c.limits[0])) {
-        std::printf("case %d on %s: difference %g, tolerance %g\n", cases, tk_isa_name(isa), worst, c.limits[0]);
-        return 1;
+      for (const tk_format format : {TK_CSR, TK_BSR}) {
+        const float worst = c.run(isa, format);
+        if (!(worst <= c.limits[0])) {
+          std::printf("case %d on %s, format %d: difference %g, tolerance %g\n", cases, tk_isa_name(isa), format, worst, c.limits[0]);
+          return 1;
+        }
       }
     }
   }

@@ -17,6 +17,7 @@ from ticketkit.formats import csr
 from ticketkit.runtime import native
 from ticketkit.runtime.native import ConvShape, Tuning
 
+FORMATS = ["csr", "bsr"]
 ISAS = [isa.name for isa in native.isas() if isa.usable]
 LANES = {isa.name: isa.lanes for isa in native.isas()}
 TILE = 14  # vectors of the widest tile
@@ -49,15 +50,17 @@ def exact_conv(shape: ConvShape, weight: np.ndarray, x: np.ndarray, *terms: np.n
 
 def check_conv(shape: ConvShape, isa: str, *, batch: int = 1, density: float = 0.3, seed: int = 0,
                tuning: Tuning | None = None, cuts: tuple[float, ...] = ()) -> None:  # fmt: skip
-    """One layer, plain and with everything fused, against the oracle."""
+    """One layer in every packed form, plain and with everything fused, against the oracle."""
     weight, x, bias, residual = conv_case(shape, batch, density, seed)
-    layer = native.conv2d(shape, csr.pack(weight), isa=isa, tuning=tuning)
-    at = [int(cut * layer.parts(batch)) for cut in cuts]
     for terms, clip in (((None, None), (-np.inf, np.inf)), ((bias, residual), (0.0, np.inf)), ((bias, None), (-0.5, 0.5))):
-        unwritten = np.full((batch, *layer.out_shape), np.nan, np.float32)
-        y = layer.run(x, *terms, minimum=clip[0], maximum=clip[1], cuts=at, out=unwritten)
-        worst = np.abs(y - exact_conv(shape, weight, x, *terms, clip=clip)).max()
-        assert worst <= oracle.tolerance(weight, x, *terms), (shape, isa, terms[0] is not None, worst)
+        exact = exact_conv(shape, weight, x, *terms, clip=clip)
+        for form in FORMATS:
+            layer = native.conv2d(shape, csr.pack(weight), format=form, isa=isa, tuning=tuning)
+            at = [int(cut * layer.parts(batch)) for cut in cuts]
+            unwritten = np.full((batch, *layer.out_shape), np.nan, np.float32)
+            y = layer.run(x, *terms, minimum=clip[0], maximum=clip[1], cuts=at, out=unwritten)
+            worst = np.abs(y - exact).max()
+            assert worst <= oracle.tolerance(weight, x, *terms), (shape, form, isa, terms[0] is not None, worst)
 
 
 def test_the_oracle_is_torch() -> None:
@@ -71,14 +74,14 @@ def test_the_oracle_is_torch() -> None:
 
 
 def test_table_and_isas() -> None:
-    assert native.kernels() == ["conv2d_csr_f32", "gemm_csr_f32"]
+    assert native.kernels() == ["conv2d_csr_f32", "conv2d_bsr_f32", "gemm_csr_f32", "gemm_bsr_f32"]
     assert native.isas()[0].name == "scalar" and native.isas()[0].usable
     assert native.active_isa().name in ISAS
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("offset", [-1, 0, 1])
-@pytest.mark.parametrize("vectors", [1, 2, 3, 5, 6, 7, 13, 14, 15, 28])
+@pytest.mark.parametrize("vectors", [1, 2, 3, 4, 6, 7, 8, 9, 13, 14, 15, 28])
 def test_conv2d_pixels_around_every_tile(isa: str, vectors: int, offset: int) -> None:
     """Row counts of pixels just below, at and above whole vectors and whole tiles."""
     pixels = vectors * LANES[isa] + offset
@@ -119,9 +122,9 @@ def geometry(draw: st.DrawFn) -> ConvShape:
 
 @settings(max_examples=150, deadline=None)
 @given(shape=geometry(), batch=st.integers(1, 3), density=st.floats(0, 1), seed=st.integers(0, 99), isa=st.sampled_from(ISAS),
-       tile=st.integers(0, TILE), block=st.integers(0, 30), cuts=st.lists(st.floats(0, 1), max_size=3))  # fmt: skip
-def test_conv2d_any_geometry(shape, batch, density, seed, isa, tile, block, cuts) -> None:  # type: ignore[no-untyped-def]
-    check_conv(shape, isa, batch=batch, density=density, seed=seed, tuning=Tuning(tile, block), cuts=tuple(cuts))
+       tile=st.integers(0, TILE), block=st.integers(0, 30), group=st.integers(0, 9), cuts=st.lists(st.floats(0, 1), max_size=3))  # fmt: skip
+def test_conv2d_any_geometry(shape, batch, density, seed, isa, tile, block, group, cuts) -> None:  # type: ignore[no-untyped-def]
+    check_conv(shape, isa, batch=batch, density=density, seed=seed, tuning=Tuning(tile, block, group), cuts=tuple(cuts))
 
 
 @settings(max_examples=100, deadline=None)
@@ -131,36 +134,40 @@ def test_gemm_any_size(batch, k, m, density, seed, isa, cut) -> None:  # type: i
     rng = np.random.default_rng(seed)
     weight, x = sparse(rng, (m, k), density), rng.standard_normal((batch, k)).astype(np.float32)
     bias, residual = rng.standard_normal(m).astype(np.float32), rng.standard_normal((batch, m)).astype(np.float32)
-    layer = native.gemm(m, k, csr.pack(weight), isa=isa)
-    y = layer.run(x, bias, residual, maximum=1.0, cuts=[int(cut * layer.parts(batch))])
-    worst = np.abs(y - oracle.gemm(x, weight, bias, residual, clip=(-np.inf, 1.0))).max()
-    assert worst <= oracle.tolerance(weight, x, bias, residual)
+    exact = oracle.gemm(x, weight, bias, residual, clip=(-np.inf, 1.0))
+    for form in FORMATS:
+        layer = native.gemm(m, k, csr.pack(weight), format=form, isa=isa)
+        y = layer.run(x, bias, residual, maximum=1.0, cuts=[int(cut * layer.parts(batch))])
+        assert np.abs(y - exact).max() <= oracle.tolerance(weight, x, bias, residual), form
 
 
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("isa", ISAS)
-def test_negative_control(isa: str) -> None:
+def test_negative_control(isa: str, form: str) -> None:
     """The comparison can fail: one weight off by a thousandth of the largest is noticed."""
     shape = ConvShape(16, 14, 14, 8, 3, 3, pad_top=1, pad_left=1, pad_bottom=1, pad_right=1)
     weight, x, _, _ = conv_case(shape, 1, 0.3)
     wrong = weight.copy()
     wrong[tuple(np.argwhere(weight)[0])] += 1e-3 * np.abs(weight).max()
-    y = native.conv2d(shape, csr.pack(wrong), isa=isa).run(x)
+    y = native.conv2d(shape, csr.pack(wrong), format=form, isa=isa).run(x)
     assert np.abs(y - exact_conv(shape, weight, x, clip=(-np.inf, np.inf))).max() > oracle.tolerance(weight, x)
 
 
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("isa", ISAS)
-def test_result_does_not_depend_on_the_split_or_the_run(isa: str) -> None:
+def test_result_does_not_depend_on_the_split_or_the_run(isa: str, form: str) -> None:
     shape = ConvShape(40, 30, 30, 70, 3, 3, pad_top=1, pad_left=1, pad_bottom=1, pad_right=1)
     weight, x, bias, residual = conv_case(shape, 2, 0.1)
-    layer = native.conv2d(shape, csr.pack(weight), isa=isa)
+    layer = native.conv2d(shape, csr.pack(weight), format=form, isa=isa)
     whole = layer.run(x, bias, residual, minimum=0)
     assert np.array_equal(whole, layer.run(x, bias, residual, minimum=0))
     assert np.array_equal(whole, layer.run(x, bias, residual, minimum=0, cuts=range(1, layer.parts(2))))
     assert np.array_equal(whole, layer.run(x, bias, out := residual.copy(), minimum=0, out=out)), "y may be the residual itself"
 
 
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("isa", ISAS)
-def test_misaligned_buffers_and_nothing_written_outside(isa: str) -> None:
+def test_misaligned_buffers_and_nothing_written_outside(isa: str, form: str) -> None:
     """Pointers on 4-byte boundaries only; guard floats around the output survive."""
     shape = ConvShape(7, 13, 11, 9, 3, 3, pad_top=1, pad_left=1, pad_bottom=1, pad_right=1)
     weight, x, bias, _ = conv_case(shape, 1, 0.4)
@@ -168,15 +175,16 @@ def test_misaligned_buffers_and_nothing_written_outside(isa: str) -> None:
     shifted[...] = x
     guarded = np.full(shape.out_channels * shape.out_h * shape.out_w + 65, 77.0, np.float32)
     out = guarded[33:-32].reshape(1, shape.out_channels, shape.out_h, shape.out_w)
-    native.conv2d(shape, csr.pack(weight), isa=isa).run(shifted, bias, out=out)
+    native.conv2d(shape, csr.pack(weight), format=form, isa=isa).run(shifted, bias, out=out)
     assert np.abs(out - exact_conv(shape, weight, x, bias, clip=(-np.inf, np.inf))).max() <= oracle.tolerance(weight, x, bias)
     assert (guarded[:33] == 77).all() and (guarded[-32:] == 77).all()
 
 
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("isa", ISAS)
-def test_nan_in_the_input_is_not_hidden_by_the_clip(isa: str) -> None:
+def test_nan_in_the_input_is_not_hidden_by_the_clip(isa: str, form: str) -> None:
     x = np.full((1, 1, 1, 9), np.nan, np.float32)
-    layer = native.conv2d(ConvShape(1, 1, 9, 1, 1, 1), csr.pack(np.ones((1, 1, 1, 1), np.float32)), isa=isa)
+    layer = native.conv2d(ConvShape(1, 1, 9, 1, 1, 1), csr.pack(np.ones((1, 1, 1, 1), np.float32)), format=form, isa=isa)
     assert np.isnan(layer.run(x, minimum=0.0)).all()
 
 
@@ -241,6 +249,15 @@ def test_absurd_claims_allocate_nothing() -> None:
     empty = {"values": np.zeros(0, np.float32), "col_indices": np.zeros(0, np.int32), "row_ptr": np.zeros(2**17 + 1, np.int64)}
     with pytest.raises(KernelError, match="beyond the offsets"):
         native.gemm(2**17, 2**24, empty)
+
+
+def test_stored_values_count_the_zeros_of_half_full_blocks() -> None:
+    weight = np.zeros((9, 5), np.float32)
+    weight[[0, 3, 4, 8], [1, 1, 2, 4]] = 1.0
+    assert native.stored_values(9, 5, csr.pack(weight), "csr") == 4
+    assert native.stored_values(9, 5, csr.pack(weight), "bsr") == 12
+    with pytest.raises(KernelError, match="packed format"):
+        native.stored_values(9, 5, csr.pack(weight), "ell")
 
 
 def test_wrong_arrays_are_an_error() -> None:

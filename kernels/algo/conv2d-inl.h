@@ -16,7 +16,7 @@ static int32_t tile_spans(const Packed& p, int64_t first, int64_t count, Span* s
 }
 
 // One range of rows of a group of tiles.
-template <void (*Rows)(int, const Tile&)>
+template <class Rows>
 struct Conv2dGroup {
   const Packed& p;
   const tk_args& a;
@@ -59,7 +59,7 @@ struct Conv2dGroup {
     }
     t.y = a.y + y_at;
     t.residual = a.residual ? a.residual + y_at : nullptr;
-    Rows(vectors, t);
+    run_rows<Rows>(vectors, t);
   }
 
   // Every block passes over all rows in turn, their accumulators wait.
@@ -67,13 +67,13 @@ struct Conv2dGroup {
     for (int64_t block = 0; block < p.blocks; ++block) {
       fill(block);
       for (int64_t i = 0; i < tiles; ++i) {
-        rows(block, i, accumulators + i * (row_end - row_begin) * p.tile_floats());
+        rows(block, i, accumulators + i * p.units() * p.unit_rows * p.tile_floats());
       }
     }
   }
 };
 
-template <void (*Rows)(int, const Tile&)>
+template <class Rows>
 static void conv2d(const Packed& p, const tk_args& a, int64_t part_begin, int64_t part_end, float* workspace) {
   const int64_t parts_per_image = p.tiles * p.row_groups;
   for (int64_t part = part_begin; part < part_end;) {

@@ -1,10 +1,15 @@
 // The algorithms, and the ISA's row of the dispatch table. Included last, inside the ISA's namespace.
 
 #include "../algo/rows-inl.h"
+#include "../algo/csr_rows-inl.h"
+#include "../algo/bsr_rows-inl.h"
 #include "../algo/strips-inl.h"
 #include "../algo/conv2d-inl.h"
 #include "../algo/conv2d_csr-inl.h"
+#include "../algo/conv2d_bsr-inl.h"
+#include "../algo/gemm-inl.h"
 #include "../algo/gemm_csr-inl.h"
+#include "../algo/gemm_bsr-inl.h"
 
 static constexpr Isa describe(const char* name, int32_t rank, bool (*usable)()) {
   return {name,

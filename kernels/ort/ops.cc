@@ -243,11 +243,11 @@ class Node {
            strides_[1], pads_[0], pads_[1], pads_[2],  pads_[3],  dilations_[0], dilations_[1]};
     }
     tk_status status =
-        is_conv_ ? tk_conv2d_csr_packed_bytes(&s, &w.csr, isa_, nullptr, &bytes) : tk_gemm_csr_packed_bytes(&w.csr, isa_, &bytes);
+        is_conv_ ? tk_conv2d_packed_bytes(&s, &w.csr, TK_CSR, isa_, nullptr, &bytes) : tk_gemm_packed_bytes(&w.csr, TK_CSR, isa_, &bytes);
     if (status != TK_OK) fail(kFail, tk_status_text(status));
     auto packed = std::make_shared<Buffer>(bytes);
-    status = is_conv_ ? tk_conv2d_csr_pack(&s, &w.csr, isa_, nullptr, packed->data(), bytes)
-                      : tk_gemm_csr_pack(&w.csr, isa_, packed->data(), bytes);
+    status = is_conv_ ? tk_conv2d_pack(&s, &w.csr, TK_CSR, isa_, nullptr, packed->data(), bytes)
+                      : tk_gemm_pack(&w.csr, TK_CSR, isa_, packed->data(), bytes);
     if (status != TK_OK) fail(kFail, tk_status_text(status));
     return packed;
   }

@@ -25,6 +25,7 @@ from ticketkit.formats import Parts
 
 FloatArray = NDArray[np.float32]
 ALIGNMENT = 64  # bytes, TK_ALIGNMENT
+_FORMATS = {"csr": 0, "bsr": 1}  # tk_format
 _FORMAT_STATUSES = range(3, 7)  # TK_BAD_VALUES … TK_BAD_GAPS: the weight is at fault, not the call
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 
@@ -102,10 +103,13 @@ _SIGNATURES: dict[str, tuple[Any, Sequence[Any]]] = {
     "tk_kernel_name": (c.c_char_p, [c.c_int32]),
     "tk_csr_validate": (c.c_int, [c.POINTER(_Csr)]),
     "tk_gaps_decode": (c.c_int, [c.c_int64, c.c_int64, c.c_int64, c.c_void_p, c.c_void_p, c.c_void_p]),
-    "tk_conv2d_csr_packed_bytes": (c.c_int, [c.POINTER(_Conv2d), c.POINTER(_Csr), c.c_int32, c.POINTER(_Tuning), c.POINTER(c.c_size_t)]),
-    "tk_conv2d_csr_pack": (c.c_int, [c.POINTER(_Conv2d), c.POINTER(_Csr), c.c_int32, c.POINTER(_Tuning), c.c_void_p, c.c_size_t]),
-    "tk_gemm_csr_packed_bytes": (c.c_int, [c.POINTER(_Csr), c.c_int32, c.POINTER(c.c_size_t)]),
-    "tk_gemm_csr_pack": (c.c_int, [c.POINTER(_Csr), c.c_int32, c.c_void_p, c.c_size_t]),
+    "tk_stored_values": (c.c_int64, [c.POINTER(_Csr), c.c_int]),
+    "tk_conv2d_packed_bytes": (
+        c.c_int, [c.POINTER(_Conv2d), c.POINTER(_Csr), c.c_int, c.c_int32, c.POINTER(_Tuning), c.POINTER(c.c_size_t)]),
+    "tk_conv2d_pack": (
+        c.c_int, [c.POINTER(_Conv2d), c.POINTER(_Csr), c.c_int, c.c_int32, c.POINTER(_Tuning), c.c_void_p, c.c_size_t]),
+    "tk_gemm_packed_bytes": (c.c_int, [c.POINTER(_Csr), c.c_int, c.c_int32, c.POINTER(c.c_size_t)]),
+    "tk_gemm_pack": (c.c_int, [c.POINTER(_Csr), c.c_int, c.c_int32, c.c_void_p, c.c_size_t]),
     "tk_parts": (c.c_int64, [c.c_void_p, c.c_int64]),
     "tk_workspace_bytes": (c.c_size_t, [c.c_void_p]),
     "tk_run": (c.c_int, [c.c_void_p, c.POINTER(_Args), c.c_int64, c.c_int64, c.c_void_p]),
@@ -267,6 +271,12 @@ def _csr(rows: int, cols: int, parts: Parts) -> _Csr:
     return _Csr(rows, cols, len(values), values.ctypes.data, col_indices.ctypes.data, row_ptr.ctypes.data)
 
 
+def _format(name: str) -> int:
+    if name not in _FORMATS:
+        raise KernelError(f"unknown packed format {name!r}; expected one of {', '.join(_FORMATS)}")
+    return _FORMATS[name]
+
+
 def _isa_index(isa: str | None) -> int:
     if isa is None:
         return active_isa().index
@@ -286,30 +296,40 @@ class Tuning:
     group_tiles: int = 0
 
 
-def conv2d(shape: ConvShape, parts: Parts, *, isa: str | None = None, tuning: Tuning | None = None) -> Layer:
+def conv2d(
+    shape: ConvShape, parts: Parts, *, format: str = "csr", isa: str | None = None, tuning: Tuning | None = None
+) -> Layer:
     """Packs a convolution whose weight [out_channels, in_channels, kernel_h, kernel_w] is given as CSR arrays (formats/csr.py).
 
+    `format` is the form it is packed in: "csr", or "bsr" for blocks of 4 output channels, whatever zeros those then hold.
     `isa` defaults to the active one. Raises FormatError, KernelError.
     """
     tk, csr, geometry = _library(), _csr(shape.out_channels, shape.cols, parts), _Conv2d(*astuple(shape))
-    index, size = _isa_index(isa), c.c_size_t()
+    index, form, size = _isa_index(isa), _format(format), c.c_size_t()
     cut = _Tuning(*astuple(tuning or Tuning()))
-    _check(tk.tk_conv2d_csr_packed_bytes(geometry, csr, index, cut, size), "conv2d")
+    _check(tk.tk_conv2d_packed_bytes(geometry, csr, form, index, cut, size), "conv2d")
     packed = aligned(size.value)
-    _check(tk.tk_conv2d_csr_pack(geometry, csr, index, cut, packed.ctypes.data, size.value), "conv2d")
+    _check(tk.tk_conv2d_pack(geometry, csr, form, index, cut, packed.ctypes.data, size.value), "conv2d")
     return Layer(packed, (shape.in_channels, shape.in_h, shape.in_w), (shape.out_channels, shape.out_h, shape.out_w))
 
 
-def gemm(rows: int, cols: int, parts: Parts, *, isa: str | None = None) -> Layer:
+def gemm(rows: int, cols: int, parts: Parts, *, format: str = "csr", isa: str | None = None) -> Layer:
     """Packs a fully connected layer whose weight [rows = out_features, cols = in_features] is given as CSR arrays (formats/csr.py).
 
-    Raises FormatError, KernelError.
+    `format` as in `conv2d`. Raises FormatError, KernelError.
     """
-    tk, csr, index, size = _library(), _csr(rows, cols, parts), _isa_index(isa), c.c_size_t()
-    _check(tk.tk_gemm_csr_packed_bytes(csr, index, size), "gemm")
+    tk, csr, index, form, size = _library(), _csr(rows, cols, parts), _isa_index(isa), _format(format), c.c_size_t()
+    _check(tk.tk_gemm_packed_bytes(csr, form, index, size), "gemm")
     packed = aligned(size.value)
-    _check(tk.tk_gemm_csr_pack(csr, index, packed.ctypes.data, size.value), "gemm")
+    _check(tk.tk_gemm_pack(csr, form, index, packed.ctypes.data, size.value), "gemm")
     return Layer(packed, (cols,), (rows,))
+
+
+def stored_values(rows: int, cols: int, parts: Parts, format: str) -> int:
+    """Values the packed form holds, zeros of half-full blocks included: nnz for "csr". Raises FormatError, KernelError."""
+    csr = _csr(rows, cols, parts)
+    _check(_library().tk_csr_validate(csr), "weight")
+    return int(_library().tk_stored_values(csr, _format(format)))
 
 
 def gaps_decode(rows: int, cols: int, gaps: NDArray[np.uint16]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
