@@ -17,11 +17,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from ticketkit import masks
 from ticketkit.bench import engines, table, timing
 from ticketkit.errors import ModelError, TicketkitError
 
 if TYPE_CHECKING:
     from onnx import ModelProto
+    from torch import Tensor, nn
 
 DISTRIBUTIONS = Path(__file__).with_name("bench") / "resnet50_global_magnitude.csv"
 LEVEL = 0.9
@@ -77,33 +79,51 @@ def global_magnitude(level: float) -> dict[str, float]:
     return {row["layer"]: float(row[column]) for row in table_rows}
 
 
-def uniform(level: float) -> dict[str, float]:
-    """ResNet-50 layer -> sparsity, the same for every prunable layer; the stem and the classifier stay dense."""
-    return {layer: level if sparsity else 0.0 for layer, sparsity in global_magnitude(LEVEL).items()}
+def uniform(level: float, name: str = "resnet50") -> dict[str, float]:
+    """Layer -> sparsity for torchvision's network `name`, the same for every layer but the first and the last, which stay dense."""
+    import torch
+    from torchvision import models as zoo
+
+    with torch.device("meta"):
+        layers = list(_weights(zoo.get_model(name, weights=None)))
+    return dict.fromkeys(layers, level) | {layers[0]: 0.0, layers[-1]: 0.0}
 
 
 def resnet50(sparsity: Mapping[str, float], image: int = 224, seed: int = 0) -> ModelProto:
-    """torchvision's ResNet-50, He-initialised, the smallest weights of each layer set to zero; input [batch, 3, image, image].
+    """`network` for ResNet-50."""
+    return network("resnet50", sparsity, image, seed)
+
+
+def network(name: str, sparsity: Mapping[str, float], image: int = 224, seed: int = 0, block: int = 1) -> ModelProto:
+    """torchvision's network `name`, He-initialised, the smallest weights of each layer set to zero; input [batch, 3, image, image].
 
     Args:
-        sparsity: fraction of zeros by layer name ("layer1.0.conv1", "fc"); every convolution must be named.
+        sparsity: fraction of zeros by layer name ("layer1.0.conv1", "fc"); every convolution and fully connected layer must be named.
+        block: that many consecutive output channels have their zeros in the same places.
     """
     import torch
     from torch import nn
+    from torchvision import models as zoo
 
-    from ticketkit import models
     from ticketkit.capture import capture
 
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        module = models.build("resnet50", 1000, image)
-        for name, layer in module.named_modules():
-            if isinstance(layer, nn.Conv2d | nn.Linear):
-                # the largest weights of a layer carry most of its energy, so activations neither vanish nor overflow
-                nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu")
-                count = round(sparsity[name] * layer.weight.numel())
-                layer.weight.view(-1)[layer.weight.abs().flatten().topk(count, largest=False, sorted=False).indices] = 0
+        module = zoo.get_model(name, weights=None)
+        for layer, weight in _weights(module).items():
+            # the largest weights of a layer carry most of its energy, so activations neither vanish nor overflow
+            nn.init.kaiming_normal_(weight, mode="fan_in", nonlinearity="relu")
+            array = {layer: weight.numpy()}  # of the same memory
+            array[layer][~masks.global_magnitude(array, masks.full(array), sparsity[layer], (block, 1))[layer]] = 0
         return capture(module, (3, image, image))
+
+
+def _weights(module: nn.Module) -> dict[str, Tensor]:
+    """Layer name -> weight of every convolution and fully connected layer, in the module's order.
+
+    The joint projection of an attention layer is no module of its own: it goes by the name of its parameter.
+    """
+    return {name.removesuffix(".weight"): w.data for name, w in module.named_parameters() if name.endswith("weight") and w.dim() > 1}
 
 
 def _require_torch() -> None:
