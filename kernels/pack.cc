@@ -13,7 +13,7 @@ constexpr int64_t kBlockBytes = 32 * 1024;         // strips of one block that a
 constexpr int64_t kGroupBytes = 96 * 1024;         // strips of one block filled at once: a part of L2
 constexpr int64_t kAccumulatorBytes = 192 * 1024;  // accumulators that wait between blocks: another part of L2
 constexpr int64_t kGoodTile = 8;                   // vectors of a CSR tile: wider ones shorten the rows that fit L1, narrower ones waste
-constexpr int64_t kGemmBlock = 512;                // columns of one gemm block
+constexpr int64_t kGemmTile = 64;                  // rows of batch of a gemm's widest tile
 constexpr int64_t kMaxRowPointers = int64_t{1} << 28;  // over all blocks: 1 GiB
 constexpr int64_t kMaxStrips = 1 << 16;
 
@@ -182,10 +182,11 @@ tk_status plan_conv2d(const tk_conv2d& s, const tk_csr& w, tk_format format, int
 tk_status plan_gemm(const tk_csr& w, tk_format format, int32_t isa, Packed* p) {
   if (!within(w.rows, 1, INT32_MAX) || !within(w.cols, 1, INT32_MAX)) return TK_BAD_SHAPE;
   *p = header(k_gemm_csr_f32, k_gemm_bsr_f32, format, isa, w);
-  p->tile_vectors = format == TK_CSR ? kGemmTileVectors : i32(most_vectors(*p));
-  p->channel_floats = p->tile_floats();
-  p->block_channels = w.cols < kGemmBlock ? w.cols : kGemmBlock;
-  p->blocks = ceil_div(w.cols, p->block_channels);
+  p->tile_vectors = i32(format == TK_CSR ? clamp(kGemmTile / p->lanes, 1, kGoodTile) : most_vectors(*p));
+  p->block_channels = kGemmColumns;
+  p->blocks = ceil_div(w.cols, kGemmColumns);
+  const bool short_rows = w.nnz / w.rows < w.cols / 16;  // fewer, longer pieces of them are worth more than L1
+  p->x_floats = kBlockBytes / 4 * (short_rows ? 2 : 1);
   return TK_OK;
 }
 
@@ -264,6 +265,25 @@ void write_entries(const tk_csr& w, int64_t columns_per_channel, const Packed& p
       c.take(values + to * p.unit_rows);
     }
   }
+}
+
+// Writes the stored values of a gemm: unit by unit, columns in order, with a pointer to where each block of columns starts.
+void write_rows(const tk_csr& w, const Packed& p, void* packed) {
+  uint32_t* const row_ptr = mutable_at<uint32_t>(packed, p.row_ptr_at);
+  float* const values = mutable_at<float>(packed, p.values_at);
+  uint16_t* const offsets = mutable_at<uint16_t>(packed, p.offsets_at);
+  int64_t to = 0, pointers = 0;
+  const auto start = [&](int64_t pointer) {
+    while (pointers <= pointer) row_ptr[pointers++] = static_cast<uint32_t>(to);
+  };
+  for (int64_t unit = 0; unit < p.units(); ++unit) {
+    for (UnitColumns c(w, p.unit_rows, unit); c.at != INT64_MAX; ++to) {
+      start(unit * p.blocks + c.at / kGemmColumns);
+      offsets[to] = static_cast<uint16_t>(c.at);
+      c.take(values + to * p.unit_rows);
+    }
+  }
+  start(p.units() * p.blocks);
 }
 
 // Places the arrays behind the header.
@@ -396,14 +416,14 @@ tk_status tk_gemm_pack(const tk_csr* w, tk_format format, int32_t isa, void* pac
   if (status == TK_OK) status = check_buffer(p, packed, packed_bytes);
   if (status != TK_OK) return status;
   *static_cast<Packed*>(packed) = p;
-  write_entries(*w, 1, p, packed, [&](int64_t column) { return column * p.channel_floats; });
+  write_rows(*w, p, packed);
   return TK_OK;
 }
 
 int64_t tk_parts(const void* packed, int64_t batch) {
   const Packed* p = static_cast<const Packed*>(packed);
   if (!p || p->magic != kMagic || !within(batch, 1, INT32_MAX)) return 0;
-  const int64_t tiles = is_gemm(*p) ? ceil_div(batch, p->channel_floats) : batch * p->tiles;
+  const int64_t tiles = is_gemm(*p) ? ceil_div(batch, p->batch_tile(batch)) : batch * p->tiles;
   return tiles * p->row_groups;
 }
 
@@ -412,7 +432,8 @@ size_t tk_workspace_bytes(const void* packed) {
   if (!p || p->magic != kMagic) return 0;
   int64_t floats = p->strips_floats();
   if (is_gemm(*p)) {
-    floats += p->units() * p->unit_rows * p->channel_floats;
+    const int64_t rows = round_up(p->rows, kGroupRows) * p->tile_floats();
+    floats = p->x_floats + (rows < kGemmFloats ? rows : kGemmFloats);
   } else if (p->blocks > 1) {
     floats += p->group_tiles * p->units() * p->unit_rows * p->tile_floats();
   }

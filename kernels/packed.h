@@ -8,11 +8,12 @@ namespace tk {
 
 constexpr uint64_t kMagic = 0x6b63617074656b74;  // "tketpack"; guards against a buffer that was never packed
 constexpr int kMaxTileVectors = 14;              // accumulators of one CSR tile: 14 of AVX2's 16 registers, plus weight and spare
-constexpr int kGemmTileVectors = 8;              // batch rows of one gemm tile, in vectors
 constexpr int64_t kBlockRows = 4;                // output rows of a BSR block
 // Vectors of a BSR tile: kBlockRows accumulators for each, the vector itself, and one weight.
 constexpr int max_block_vectors(int registers) { return (registers - 1) / static_cast<int>(kBlockRows + 1); }
 constexpr int64_t kMaxBlockFloats = 1 << 16;  // input of one block: entries hold 16-bit offsets
+constexpr int64_t kGemmColumns = 64;          // columns between two row pointers of a gemm
+constexpr int64_t kGemmFloats = 48 * 1024;    // accumulators of the rows that one pass over the columns takes: a part of L2
 
 enum Kernel : int32_t {
 #define TK_KERNEL(op, format, type) k_##op##_##format##_##type,
@@ -47,10 +48,12 @@ struct Packed {
   int64_t row_groups;      // groups of kGroupRows output rows: the finest part
   int64_t blocks;          // blocks of input channels (conv2d) or columns (gemm)
   int64_t block_channels;  // of every block but the last
-  int64_t channel_floats;  // floats of one channel's strips (conv2d) or of one column (gemm)
+  int64_t channel_floats;  // floats of one channel's strips (conv2d)
+  int64_t x_floats;        // floats of x that are transposed at once (gemm)
   int32_t strip_count;
   // Byte offsets of Strip[strip_count], uint32_t[blocks][units + 1], float[stored], uint16_t[stored / unit_rows]. Offsets count floats from
-  // the start of the block's input; a unit's values stand together, one column after the other, unit_rows values each.
+  // the start of the block's input; a unit's values stand together, one column after the other, unit_rows values each. For gemm, which
+  // joins as many blocks as the batch suits, row pointers are [units][blocks] and one more, and offsets are columns modulo 2^16.
   int64_t strips_at, row_ptr_at, values_at, offsets_at;
 
   template <class T>
@@ -66,6 +69,11 @@ struct Packed {
   const float* values() const { return at<float>(values_at); }
   const uint16_t* offsets() const { return at<uint16_t>(offsets_at); }
   int64_t block_begin(int64_t block) const { return block * block_channels; }
+  // Rows of batch in one tile of a gemm: whole vectors, shared out evenly.
+  int64_t batch_tile(int64_t batch) const {
+    const int64_t tiles = (batch + tile_floats() - 1) / tile_floats(), rows = (batch + tiles - 1) / tiles;
+    return (rows + lanes - 1) / lanes * lanes;
+  }
 };
 
 constexpr int64_t kGroupRows = 16;

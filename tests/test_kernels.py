@@ -127,18 +127,69 @@ def test_conv2d_any_geometry(shape, batch, density, seed, isa, tile, block, grou
     check_conv(shape, isa, batch=batch, density=density, seed=seed, tuning=Tuning(tile, block, group), cuts=tuple(cuts))
 
 
+def check_gemm(batch: int, k: int, m: int, isa: str, *, density: float = 0.3, seed: int = 0, cuts: tuple[float, ...] = ()) -> None:
+    """One layer in every packed form, plain and with everything fused, misaligned, between guard floats, against the oracle."""
+    rng = np.random.default_rng(seed)
+    weight, bias = sparse(rng, (m, k), density), rng.standard_normal(m + 1).astype(np.float32)[1:]
+    x = rng.standard_normal(batch * k + 1).astype(np.float32)[1:].reshape(batch, k)
+    residual = rng.standard_normal((batch, m)).astype(np.float32)
+    for terms, clip in (((None, None), (-np.inf, np.inf)), ((bias, residual), (-np.inf, 1.0)), ((bias, None), (-0.5, 0.5))):
+        exact = oracle.gemm(x, weight, *terms, clip=clip)
+        for form in FORMATS:
+            layer = native.gemm(m, k, csr.pack(weight), format=form, isa=isa)
+            guarded = np.full(batch * m + 65, 77.0, np.float32)
+            y = guarded[33:-32].reshape(batch, m)
+            y[...] = np.nan if terms[1] is None else residual
+            at = [int(cut * layer.parts(batch)) for cut in cuts]
+            layer.run(x, terms[0], None if terms[1] is None else y, minimum=clip[0], maximum=clip[1], cuts=at, out=y)
+            assert np.abs(y - exact).max() <= oracle.tolerance(weight, x, *terms), (form, isa, terms[0] is not None)
+            assert (guarded[:33] == 77).all() and (guarded[-32:] == 77).all()
+
+
 @settings(max_examples=100, deadline=None)
 @given(batch=st.integers(1, 150), k=st.integers(1, 1100), m=st.integers(1, 70), density=st.floats(0, 1), seed=st.integers(0, 99),
-       isa=st.sampled_from(ISAS), cut=st.floats(0, 1))  # fmt: skip
-def test_gemm_any_size(batch, k, m, density, seed, isa, cut) -> None:  # type: ignore[no-untyped-def]
-    rng = np.random.default_rng(seed)
-    weight, x = sparse(rng, (m, k), density), rng.standard_normal((batch, k)).astype(np.float32)
-    bias, residual = rng.standard_normal(m).astype(np.float32), rng.standard_normal((batch, m)).astype(np.float32)
-    exact = oracle.gemm(x, weight, bias, residual, clip=(-np.inf, 1.0))
-    for form in FORMATS:
-        layer = native.gemm(m, k, csr.pack(weight), format=form, isa=isa)
-        y = layer.run(x, bias, residual, maximum=1.0, cuts=[int(cut * layer.parts(batch))])
-        assert np.abs(y - exact).max() <= oracle.tolerance(weight, x, bias, residual), form
+       isa=st.sampled_from(ISAS), cuts=st.lists(st.floats(0, 1), max_size=3))  # fmt: skip
+def test_gemm_any_size(batch, k, m, density, seed, isa, cuts) -> None:  # type: ignore[no-untyped-def]
+    check_gemm(batch, k, m, isa, density=density, seed=seed, cuts=tuple(cuts))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("density", [0.0, 0.05, 1.0])
+@pytest.mark.parametrize("offset", [-1, 0, 1])
+@pytest.mark.parametrize("vectors", [1, 2, 3, 4, 8, 9])
+def test_gemm_batch_around_every_tile(isa: str, vectors: int, offset: int, density: float) -> None:
+    """Row counts just below, at and above whole vectors and tiles; K and M primes; empty rows, all zero, all dense."""
+    check_gemm(vectors * LANES[isa] + offset, 257, 37, isa, density=density, cuts=(0.4,))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_gemm_more_columns_than_16_bits_and_more_rows_than_a_chunk(isa: str) -> None:
+    for batch in (1, 3, 40):
+        check_gemm(batch, 2**17 + 77, 5, isa, density=0.001)
+        check_gemm(batch, 67, 7001, isa, density=0.02, cuts=(0.1, 0.9))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("batch", [1, 5, 67])
+def test_gemm_does_not_depend_on_the_split(isa: str, form: str, batch: int) -> None:
+    rng = np.random.default_rng(0)
+    weight, x = sparse(rng, (83, 1301), 0.1), rng.standard_normal((batch, 1301)).astype(np.float32)
+    bias, residual = rng.standard_normal(83).astype(np.float32), rng.standard_normal((batch, 83)).astype(np.float32)
+    layer = native.gemm(83, 1301, csr.pack(weight), format=form, isa=isa)
+    whole = layer.run(x, bias, residual, minimum=0)
+    assert np.array_equal(whole, layer.run(x, bias, residual, minimum=0, cuts=range(1, layer.parts(batch))))
+    assert np.array_equal(whole, layer.run(x, bias, out := residual.copy(), minimum=0, out=out)), "y may be the residual itself"
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("batch", [1, 3, 50])
+def test_gemm_nan_passes_the_clip_of_its_own_row_only(isa: str, form: str, batch: int) -> None:
+    x = np.ones((batch, 19), np.float32)
+    x[-1] = np.nan
+    y = native.gemm(21, 19, csr.pack(np.ones((21, 19), np.float32)), format=form, isa=isa).run(x, minimum=0.0, maximum=20.0)
+    assert np.isnan(y[-1]).all() and (y[:-1] == 19).all()
 
 
 @pytest.mark.parametrize("form", FORMATS)

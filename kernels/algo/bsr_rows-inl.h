@@ -1,11 +1,11 @@
 // The inner loop for BSR weights, blocks of kBlockRows x 1: accumulators of kBlockRows rows in registers, so that each input vector is read
 // once for all of them. Included by isa/*.cc after rows-inl.h.
 
-// acc += the unit's columns: of column e the weights values[kBlockRows * e …], one for each row.
-template <int V>
+// acc += the unit's columns: of column e the weights values[kBlockRows * e …], one for each row; kStep floats from offset to offset.
+template <int V, int kStep = 1>
 static inline void bsr_unit(const float* values, const uint16_t* offsets, int64_t count, const float* x, Vec (*acc)[V]) {
   for (int64_t e = 0; e < count; ++e) {
-    const float* const from = x + offsets[e];
+    const float* const from = x + int64_t{offsets[e]} * kStep;
     Vec column[V];
     TK_UNROLL for (int v = 0; v < V; ++v) column[v] = Vec::load(from + v * Vec::kLanes);
     TK_UNROLL for (int r = 0; r < kBlockRows; ++r) {

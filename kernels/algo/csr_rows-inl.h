@@ -4,8 +4,8 @@
 // A fused multiply-add takes about 4 cycles and two start per cycle, so narrow tiles run several non-zeros at once.
 constexpr int chains(int vectors) { return vectors >= 6 ? 1 : vectors >= 3 ? 2 : 4; }
 
-// acc += the row's non-zeros values[0 … count) times their vectors of x.
-template <int V>
+// acc += the row's non-zeros values[0 … count) times their vectors of x, kStep floats from offset to offset.
+template <int V, int kStep = 1>
 static inline void csr_row(const float* values, const uint16_t* offsets, int64_t count, const float* x, Vec* acc) {
   constexpr int kChains = chains(V);
   int64_t e = 0;
@@ -16,7 +16,7 @@ static inline void csr_row(const float* values, const uint16_t* offsets, int64_t
       for (; count - e >= kChains; e += kChains) {
         TK_UNROLL for (int c = 0; c < kChains; ++c) {
           const Vec w = Vec::set(values[e + c]);
-          const float* const from = x + offsets[e + c];
+          const float* const from = x + int64_t{offsets[e + c]} * kStep;
           Vec* const into = c == 0 ? acc : extra[c - 1];
           TK_UNROLL for (int v = 0; v < V; ++v) into[v] = fma(w, Vec::load(from + v * Vec::kLanes), into[v]);
         }
@@ -26,7 +26,7 @@ static inline void csr_row(const float* values, const uint16_t* offsets, int64_t
   }
   for (; e < count; ++e) {
     const Vec w = Vec::set(values[e]);
-    const float* const from = x + offsets[e];
+    const float* const from = x + int64_t{offsets[e]} * kStep;
     TK_UNROLL for (int v = 0; v < V; ++v) acc[v] = fma(w, Vec::load(from + v * Vec::kLanes), acc[v]);
   }
 }

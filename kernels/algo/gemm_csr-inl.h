@@ -1,4 +1,12 @@
 // Fully connected layer with CSR weights. Included by isa/*.cc after gemm-inl.h.
+struct CsrUnits {
+  static constexpr int kRows = 1, kMaxVectors = 8;
+  template <int V>
+  static inline void add(const float* values, const uint16_t* offsets, int64_t count, const float* x, Vec (*acc)[V]) {
+    csr_row<V, V * Vec::kLanes>(values, offsets, count, x, acc[0]);
+  }
+};
+
 static void gemm_csr_f32(const Packed& p, const tk_args& a, int64_t part_begin, int64_t part_end, float* workspace) {
-  gemm<CsrRows, 1>(p, a, part_begin, part_end, workspace);
+  gemm<CsrUnits>(p, a, part_begin, part_end, workspace);
 }

@@ -52,6 +52,26 @@ static inline Vec fma(const Vec& a, const Vec& b, const Vec& c) { return {_mm256
 static inline Vec clip(const Vec& x, const Vec& lo, const Vec& hi) { return {_mm256_min_ps(hi.v, _mm256_max_ps(lo.v, x.v))}; }
 
 #include "common-inl.h"
+
+// Lane j of vector i goes to lane i of vector j.
+static inline void transpose(Vec* m) {
+  __m256 pairs[Vec::kLanes], fours[Vec::kLanes];
+  TK_UNROLL for (int i = 0; i < Vec::kLanes; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(m[i].v, m[i + 1].v);
+    pairs[i + 1] = _mm256_unpackhi_ps(m[i].v, m[i + 1].v);
+  }
+  TK_UNROLL for (int i = 0; i < Vec::kLanes; i += 4) {
+    TK_UNROLL for (int j = 0; j < 2; ++j) {
+      fours[i + 2 * j] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0x44);
+      fours[i + 2 * j + 1] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0xee);
+    }
+  }
+  TK_UNROLL for (int i = 0; i < Vec::kLanes / 2; ++i) {
+    m[i].v = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
+    m[i + 4].v = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
+  }
+}
+
 #include "end-inl.h"
 
 }  // namespace tk::avx2

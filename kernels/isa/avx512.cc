@@ -3,7 +3,8 @@
 
 #if defined(__x86_64__)
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own avx512fintrin.h trips it (GCC bug 105593)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own avx512fintrin.h trips them (GCC bug 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include <immintrin.h>
 
@@ -41,6 +42,32 @@ static inline Vec fma(const Vec& a, const Vec& b, const Vec& c) { return {_mm512
 static inline Vec clip(const Vec& x, const Vec& lo, const Vec& hi) { return {_mm512_min_ps(hi.v, _mm512_max_ps(lo.v, x.v))}; }
 
 #include "common-inl.h"
+
+// Lane j of vector i goes to lane i of vector j.
+static inline void transpose(Vec* m) {
+  __m512 pairs[Vec::kLanes], fours[Vec::kLanes], eights[Vec::kLanes];
+  TK_UNROLL for (int i = 0; i < Vec::kLanes; i += 2) {
+    pairs[i] = _mm512_unpacklo_ps(m[i].v, m[i + 1].v);
+    pairs[i + 1] = _mm512_unpackhi_ps(m[i].v, m[i + 1].v);
+  }
+  TK_UNROLL for (int i = 0; i < Vec::kLanes; i += 4) {
+    TK_UNROLL for (int j = 0; j < 2; ++j) {
+      fours[i + 2 * j] = _mm512_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0x44);
+      fours[i + 2 * j + 1] = _mm512_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0xee);
+    }
+  }
+  TK_UNROLL for (int i = 0; i < 4; ++i) {
+    TK_UNROLL for (int j = 0; j < Vec::kLanes; j += 8) {
+      eights[i + j] = _mm512_shuffle_f32x4(fours[i + j], fours[i + j + 4], 0x88);
+      eights[i + j + 4] = _mm512_shuffle_f32x4(fours[i + j], fours[i + j + 4], 0xdd);
+    }
+  }
+  TK_UNROLL for (int i = 0; i < 8; ++i) {
+    m[i].v = _mm512_shuffle_f32x4(eights[i], eights[i + 8], 0x88);
+    m[i + 8].v = _mm512_shuffle_f32x4(eights[i], eights[i + 8], 0xdd);
+  }
+}
+
 #include "end-inl.h"
 
 }  // namespace tk::avx512

@@ -39,6 +39,16 @@ static inline Vec fma(const Vec& a, const Vec& b, const Vec& c) { return {vfmaq_
 static inline Vec clip(const Vec& x, const Vec& lo, const Vec& hi) { return {vminq_f32(vmaxq_f32(x.v, lo.v), hi.v)}; }
 
 #include "common-inl.h"
+
+// Lane j of vector i goes to lane i of vector j.
+static inline void transpose(Vec* m) {
+  const float32x4x2_t low = vtrnq_f32(m[0].v, m[1].v), high = vtrnq_f32(m[2].v, m[3].v);
+  TK_UNROLL for (int i = 0; i < 2; ++i) {
+    m[i].v = vcombine_f32(vget_low_f32(low.val[i]), vget_low_f32(high.val[i]));
+    m[i + 2].v = vcombine_f32(vget_high_f32(low.val[i]), vget_high_f32(high.val[i]));
+  }
+}
+
 #include "end-inl.h"
 
 }  // namespace tk::neon

@@ -59,6 +59,18 @@ static inline Vec clip(const Vec& x, const Vec& lo, const Vec& hi) {
 }
 
 #include "common-inl.h"
+
+// Lane j of vector i goes to lane i of vector j.
+static inline void transpose(Vec* m) {
+  for (int i = 0; i < Vec::kLanes; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float swapped = m[i].lane[j];
+      m[i].lane[j] = m[j].lane[i];
+      m[j].lane[i] = swapped;
+    }
+  }
+}
+
 #include "end-inl.h"
 
 }  // namespace tk::scalar
