@@ -37,10 +37,10 @@ from ticketkit.runtime import native
 
 Floats: TypeAlias = NDArray[np.float32]
 Run: TypeAlias = Callable[[], list[np.ndarray]]  # computes, and gives [y], always the same array
-Weigh: TypeAlias = Callable[[Shape, Floats, float, str], tuple[native.Layer, Floats]]
 
 RESULTS = Path(__file__).resolve().parent / "results" / "layers.jsonl"
 SPARSITIES = (50, 60, 70, 80, 90, 95, 98)  # percent
+FORMATS = {"csr": 1, "bsr": 4}  # weight format -> consecutive output channels that have their zeros in the same places
 DENSE, LIMIT = "onnxruntime", "L1 limit"
 
 
@@ -86,19 +86,6 @@ Key: TypeAlias = tuple[str, float, str]  # layer, sparsity, format
 Found: TypeAlias = dict[Key, Row]
 
 
-# --- weight formats: name -> pruned weight and packed layer ---
-
-
-def csr(shape: Shape, weight: Floats, sparsity: float, isa: str) -> tuple[native.Layer, Floats]:
-    """Zeros anywhere, compressed sparse rows."""
-    mask = masks.global_magnitude({"w": weight}, masks.full({"w": weight}), sparsity)["w"]
-    pruned = np.where(mask, weight, np.float32(0))
-    return shape.pack(formats.get("csr").pack(pruned), isa), pruned
-
-
-FORMATS: dict[str, Weigh] = {"csr": csr}
-
-
 # --- measuring ---
 
 
@@ -125,8 +112,9 @@ def measure(entry: Entry, wanted: Sequence[Wish], settings: Settings) -> list[Ro
     runs: dict[str, Run] = {DENSE: dense(shape, x, weight, bias), LIMIT: limit}
     made: dict[str, tuple[float, str, int, float]] = {}
     for sparsity, name in wanted:
-        layer, pruned = FORMATS[name](shape, weight, sparsity, settings.isa)
-        runs[f"{name} {sparsity}"] = run = sparse(layer, x, bias, shape.minimum)
+        mask = masks.global_magnitude({"w": weight}, masks.full({"w": weight}), sparsity, (FORMATS[name], 1))["w"]
+        pruned = np.where(mask, weight, np.float32(0))
+        runs[f"{name} {sparsity}"] = run = sparse(shape, pruned, name, settings.isa, x, bias)
         made[f"{name} {sparsity}"] = sparsity, name, int(np.count_nonzero(pruned)), difference(shape, run, x, pruned, bias)
     times = take_turns(runs, settings)
     medians = {name: [float(np.median(ms)) for ms in turns] for name, turns in times.items()}
@@ -178,10 +166,11 @@ def take_turns(runs: dict[str, Run], settings: Settings) -> dict[str, list[list[
     return times
 
 
-def sparse(layer: native.Layer, x: Floats, bias: Floats, minimum: float) -> Run:
-    """A packed layer, its result in one place."""
-    y = buffer((len(x), *layer.out_shape))
-    return lambda: [layer.run(x, bias, minimum=minimum, out=y)]
+def sparse(shape: Shape, weight: Floats, name: str, isa: str, x: Floats, bias: Floats) -> Run:
+    """The layer with its weight in that format, scratch memory and result each in one place."""
+    layer = shape.pack(formats.get("csr").pack(weight), name, isa)
+    y, scratch = buffer((len(x), *layer.out_shape)), native.aligned(layer.workspace_bytes)
+    return lambda: [layer.run(x, bias, minimum=shape.minimum, out=y, workspace=scratch)]
 
 
 def dense(shape: Shape, x: Floats, weight: Floats, bias: Floats) -> Run:
@@ -220,9 +209,8 @@ def l1_limit(isa: str) -> tuple[Run, int]:
     pixels = 14 * next(known.lanes for known in native.isas() if known.name == isa)
     shape, images = Conv(28 * 1024 // (4 * pixels), 1, pixels, 256, 1, 1, 0, 1), 16
     rng = np.random.default_rng(0)
-    layer = shape.pack(formats.get("csr").pack(normal(rng, shape.weight)), isa)
-    x, bias = normal(rng, (images, *shape.x[1:])), normal(rng, shape.y[1:2])
-    return sparse(layer, x, bias, shape.minimum), 2 * images * prod(shape.weight) * pixels
+    x, weight, bias = normal(rng, (images, *shape.x[1:])), normal(rng, shape.weight), normal(rng, shape.y[1:2])
+    return sparse(shape, weight, "csr", isa, x, bias), 2 * images * prod(shape.weight) * pixels
 
 
 def buffer(shape: Sequence[int]) -> Floats:
@@ -245,7 +233,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sparsity", nargs="+", type=float, default=SPARSITIES, metavar="S", help="percent; default %(default)s")
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=list(FORMATS), help="default: all")
     parser.add_argument("--isa", choices=[isa.name for isa in native.isas() if isa.usable], help="default: the active one")
-    parser.add_argument("--rounds", type=int, default=15, help="default %(default)s")
+    parser.add_argument("--rounds", type=int, default=11, help="default %(default)s")
     parser.add_argument("--seconds", type=float, default=0.03, help="timed, per contender and round; default %(default)s")
     parser.add_argument("--results", type=Path, default=RESULTS, help="rows are appended to this file")
     parser.add_argument("--resume", action="store_true", help="skip what that file has of this commit, processor and settings")
@@ -305,18 +293,18 @@ def totals(found: Found, entries: Sequence[Entry], networks: Sequence[str], want
     grid = Table("network", "layers", "format", "dense", *(f"{100 * level:g}%" for level in levels), box=None, pad_edge=False)
     for column in grid.columns:
         column.no_wrap = True
-    grid.title, grid.title_justify = "sum over the layers, stem and head left out; ms, × onnxruntime", "left"
+    grid.title, grid.title_justify = "all layers but stem and head: ms, and below × onnxruntime", "left"
     whole = Counter({n: sum(e.counts.get(n, 0) for e in read() if e.part == "body") for n in networks})
     for network, name in product(networks, names):
         cells, dense_ms, layers = [], "", 0
         for level in levels:
             measured = body(found, entries, network, level, name)
             before, after = sum(count * row.dense_ms for count, row in measured), sum(count * row.median_ms for count, row in measured)
-            cells.append(f"{table.milliseconds(after)}\n{before / after:.2f}×" if measured else "")
+            cells.append(f"{table.milliseconds(after)}\n{before / after:.2f}" if measured else "")
             if measured:
                 dense_ms, layers = table.milliseconds(before), sum(count for count, _ in measured)
         if layers:
-            grid.add_row(network, f"{layers} of {whole[network]}", name, dense_ms, *cells)
+            grid.add_row(network, f"{layers}/{whole[network]}", name, dense_ms, *cells)
     return grid
 
 

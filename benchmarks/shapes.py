@@ -65,9 +65,9 @@ class Conv:
     def weight(self) -> tuple[int, ...]:
         return self.out_channels, self.in_channels, self.kernel, self.kernel
 
-    def pack(self, parts: formats.Parts, isa: str) -> native.Layer:
-        """The layer with the weight in any format that a kernel reads."""
-        return native.conv2d(self.geometry, parts, isa=isa)
+    def pack(self, parts: formats.Parts, name: str, isa: str) -> native.Layer:
+        """The layer with the weight, given as CSR arrays, in the format of that name."""
+        return native.conv2d(self.geometry, parts, format=name, isa=isa)
 
     def nodes(self) -> list[Any]:
         """The same in ONNX, from x, w and b to y."""
@@ -102,9 +102,9 @@ class Gemm:
     def weight(self) -> tuple[int, ...]:
         return self.rows, self.cols
 
-    def pack(self, parts: formats.Parts, isa: str) -> native.Layer:
-        """The layer with the weight in any format that a kernel reads."""
-        return native.gemm(self.rows, self.cols, parts, isa=isa)
+    def pack(self, parts: formats.Parts, name: str, isa: str) -> native.Layer:
+        """The layer with the weight, given as CSR arrays, in the format of that name."""
+        return native.gemm(self.rows, self.cols, parts, format=name, isa=isa)
 
     def nodes(self) -> list[Any]:
         """The same in ONNX, from x, w and b to y."""

@@ -80,12 +80,14 @@ def global_magnitude(level: float) -> dict[str, float]:
 
 
 def uniform(level: float, name: str = "resnet50") -> dict[str, float]:
-    """Layer -> sparsity for torchvision's network `name`, the same for every layer but the first and the last, which stay dense."""
+    """Layer -> sparsity for torchvision's network `name`, the same for every layer but the first and the last, which stay dense.
+
+    Raises ModelError for a name torchvision does not know.
+    """
     import torch
-    from torchvision import models as zoo
 
     with torch.device("meta"):
-        layers = list(_weights(zoo.get_model(name, weights=None)))
+        layers = list(_weights(_build(name)))
     return dict.fromkeys(layers, level) | {layers[0]: 0.0, layers[-1]: 0.0}
 
 
@@ -100,22 +102,31 @@ def network(name: str, sparsity: Mapping[str, float], image: int = 224, seed: in
     Args:
         sparsity: fraction of zeros by layer name ("layer1.0.conv1", "fc"); every convolution and fully connected layer must be named.
         block: that many consecutive output channels have their zeros in the same places.
+
+    Raises ModelError for a name torchvision does not know.
     """
     import torch
     from torch import nn
-    from torchvision import models as zoo
 
     from ticketkit.capture import capture
 
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        module = zoo.get_model(name, weights=None)
+        module = _build(name)
         for layer, weight in _weights(module).items():
             # the largest weights of a layer carry most of its energy, so activations neither vanish nor overflow
             nn.init.kaiming_normal_(weight, mode="fan_in", nonlinearity="relu")
             array = {layer: weight.numpy()}  # of the same memory
             array[layer][~masks.global_magnitude(array, masks.full(array), sparsity[layer], (block, 1))[layer]] = 0
         return capture(module, (3, image, image))
+
+
+def _build(name: str) -> nn.Module:
+    from torchvision import models as zoo
+
+    if name not in zoo.list_models(module=zoo):
+        raise ModelError(f"torchvision has no network {name!r} that classifies images; names are such as resnet50, mobilenet_v2")
+    return zoo.get_model(name, weights=None)
 
 
 def _weights(module: nn.Module) -> dict[str, Tensor]:
