@@ -1,6 +1,6 @@
 """Layer by layer: every distinct layer shape of seven networks at several sparsities, one thread, against dense onnxruntime.
 
-    python benchmarks/layers.py                                                  the whole table, less than a quarter of an hour
+    python benchmarks/layers.py                                                  the whole table, about a quarter of an hour
     python benchmarks/layers.py --network resnet50 --sparsity 80 90 --layer k3 --rounds 5
     python benchmarks/layers.py --resume                                         go on where a run of this commit was stopped
     python benchmarks/layers.py --table                                          write layers.csv anew (needs the extra `find`)

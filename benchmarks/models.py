@@ -127,10 +127,11 @@ def main(words: Sequence[str] | None = None) -> int:
             except TicketkitError as error:
                 failures.append(f"{what}: {error}")
             ratios = [row.speedup_rounds for row in report.rows if not row.multiplies_zeros and row.speedup_rounds is not None]
-            failures += [f"{what}: expected a speedup of {group.floor} or more, got {ratio:.3f}" for ratio in ratios if ratio < group.floor]
+            slow = [ratio for ratio in ratios if ratio < group.floor]
+            failures += [f"{what}: expected a speedup of {group.floor:g} or more, got {ratio:.3f}" for ratio in slow]
             console.print()
     for failure in failures:
-        console.print(f"error: {failure}", markup=False, highlight=False)
+        console.print(f"error: {failure}", markup=False, highlight=False, soft_wrap=True)
     return int(bool(failures))
 
 

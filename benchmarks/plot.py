@@ -98,7 +98,7 @@ def draw(found: Panels, output: Path) -> None:
     for place, (name, settings) in enumerate(found.items(), 1):
         axes = figure.add_subplot(lines, columns, place)
         limits = sorted({(point.sparsity, point.limit) for points in settings.values() for point in points})
-        axes.plot(*zip(*limits, strict=True), "--", color="grey", label="FLOPs dense / FLOPs left")
+        axes.plot(*zip(*limits, strict=True), ".--", color="grey", label="FLOPs dense / FLOPs left")
         for (batch, threads), points in settings.items():
             label = f"batch {batch}, {threads} thread{'s' if threads > 1 else ''}"
             axes.plot([p.sparsity for p in points], [p.speedup for p in points], "o-", label=label)

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from onnx import numpy_helper
 from rich.console import Console
 
 pytest.importorskip("torch")
@@ -81,3 +82,22 @@ def test_at_90_percent_a_seventh_of_the_work_is_left_and_the_fit_is_near_what_wa
 def test_an_unknown_level_names_the_known_ones():
     with pytest.raises(ModelError, match=r"known at 67\.23, 79\.03, 90\.00, 95\.60 %, got 85\.00%"):
         quickstart.global_magnitude(0.85)
+
+
+def test_blocks_of_output_channels_share_their_zeros():
+    sparsity = quickstart.uniform(0.9, "squeezenet1_1")
+    model = quickstart.network("squeezenet1_1", sparsity, image=64, block=4)
+    weights = {each.name.removesuffix(".weight"): numpy_helper.to_array(each) for each in model.graph.initializer}
+    dense = [name for name in sparsity if np.all(weights[name])]
+    assert dense == ["features.0", "classifier.1"]  # the first and the last
+    for name in sparsity.keys() - set(dense):
+        kept = (weights[name] != 0).reshape(-1, 4, weights[name][0].size)
+        assert (kept == kept[:, :1]).all()
+        assert kept.mean() == pytest.approx(0.1, abs=4 / kept.size)
+
+
+def test_every_fully_connected_layer_is_named():
+    sparsity = quickstart.uniform(0.5, "vit_b_16")
+    assert len(sparsity) == 1 + 12 * 4 + 1 and sparsity["conv_proj"] == sparsity["heads.head"] == 0
+    with pytest.raises(ModelError, match="no network 'lenet'"):
+        quickstart.uniform(0.5, "lenet")
