@@ -39,7 +39,9 @@ def model(seed: int = 0) -> onnx.ModelProto:
         if name == "head":
             nodes.append(helper.make_node("Flatten", ["b"], ["flat"]))
         op = operators.GEMM if name == "head" else operators.CONV
-        nodes.append(operators.make_node(op, [x, *(f"{name}.{part}" for part in parts)], y, name, w.shape, window_of, epilogue))
+        inputs = [x, *(f"{name}.{part}" for part in parts)]
+        execution = operators.Execution("bsr" if name == "second" else "csr")
+        nodes.append(operators.make_node(op, inputs, y, name, w.shape, window_of, epilogue, execution))
     graph = helper.make_graph(
         nodes, "mutate", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", CHANNELS, SIZE, SIZE])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 4])], initializers,

@@ -23,7 +23,7 @@ from ticketkit.errors import ExportError, FormatError, ModelError, TicketError, 
 from ticketkit.exporters import _check, export
 from ticketkit.inputs import IMAGE_KEY
 from ticketkit.lower import Fused, Layer, Network, lower, operators, read
-from ticketkit.lower.operators import Epilogue
+from ticketkit.lower.operators import Epilogue, Execution
 from ticketkit.planner import plan
 from ticketkit.ticket import Ticket
 
@@ -322,10 +322,12 @@ def test_each_output_has_its_own_tolerance(source: Path) -> None:
 def test_a_wrong_bias_is_refused(source: Path) -> None:
     network = lower(read(source))
     target = exporters.get("onnx")
-    data = target.encode(network, plan(network))
+    chosen = plan(network)
+    data = target.encode(network, chosen)
     assert target.decode(data, network)
-    layer = dataclasses.replace(network.layers[1], bias=np.nextafter(network.layers[1].bias, np.float32(9)))
-    other = dataclasses.replace(network, layers=(network.layers[0], layer, *network.layers[2:]))
+    layer = next(layer for layer in network.layers if layer.name == chosen.sparse[0].name)
+    wrong = dataclasses.replace(layer, bias=np.nextafter(layer.bias, np.float32(9)))
+    other = dataclasses.replace(network, layers=tuple(wrong if each is layer else each for each in network.layers))
     with pytest.raises(ExportError, match=rf"{layer.name}\.bias: what was stored differs"):
         target.decode(data, other)
 
@@ -377,7 +379,7 @@ def test_unknown_words(source: Path, tmp_path: Path) -> None:
 def test_a_plan_that_asks_for_the_impossible(tmp_path: Path) -> None:
     network = lower(graph([node("Conv", "x w", "y", group=2)], {"x": [1, 8, 9, 9]}, ["y"], {"w": pruned((8, 4, 3, 3), 0.5)}))
     with pytest.raises(ExportError, match="grouped convolution"):
-        exporters.get("onnx").encode(network, plan(network, keep={network.layers[0].name: "csr"}))
+        exporters.get("onnx").encode(network, plan(network, keep={network.layers[0].name: Execution()}))
 
 
 def test_flipped_bits_of_an_exported_file(source: Path, tmp_path: Path) -> None:

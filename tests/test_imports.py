@@ -22,7 +22,8 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "formats": ({"errors"}, DEPLOY),
     "runtime": ({"errors", "formats"}, DEPLOY),
     "lower": ({"errors", "formats", "runtime"}, DEPLOY | {"onnx", "onnxruntime", "onnx_ir"}),
-    "planner": ({"errors", "formats", "runtime", "lower"}, DEPLOY | {"onnx", "rich"}),
+    "cost": ({"errors", "formats", "lower"}, DEPLOY),
+    "planner": ({"errors", "formats", "runtime", "lower", "cost"}, DEPLOY | {"onnx", "rich"}),
 }
 ROOMS["inputs"] = ({"errors", "formats", "ticket"}, DEPLOY | {"PIL"})
 ROOMS["exporters"] = ({*ROOMS, "exporters"}, DEPLOY | {"onnx", "onnxruntime", "safetensors"})
@@ -35,11 +36,12 @@ ROOMS["pretrain"] = (BELOW_TORCH | {"models"}, TORCH)
 ROOMS["tasks"] = (BELOW_TORCH | {"models", "pretrain"}, TORCH | {"sklearn", "PIL"})
 ROOMS["capture"] = (BELOW_TORCH | {"models"}, TORCH | {"onnxscript"})
 ROOMS["search"] = (BELOW_TORCH | {"models", "pretrain", "tasks", "capture"}, TORCH | {"rich"})
+ROOMS["estimator"] = ({*ROOMS}, DEPLOY | {"onnx", "rich", "torch", "torchvision"})
 ROOMS["quickstart"] = (set(ROOMS), {"rich", "torch", "torchvision", "numpy", "onnx"})
 ROOMS["cli"] = (set(ROOMS), {"click", "rich", "numpy", "PIL"})
 VERBS_ONLY = {("exporters", "search"), ("exporters", "capture")}  # `export` of a run directory reaches torch through these, lazily
 ONLY_HERE = {"ctypes": "runtime/native.py", "click": "cli.py"}
-LAZY_TORCH = {"bench", "quickstart"}  # may import torch inside a function, never at module level
+LAZY_TORCH = {"bench", "estimator", "quickstart"}  # may import torch inside a function, never at module level
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:

@@ -74,7 +74,7 @@ def test_the_oracle_is_torch() -> None:
 
 
 def test_table_and_isas() -> None:
-    assert native.kernels() == ["conv2d_csr_f32", "conv2d_bsr_f32", "gemm_csr_f32", "gemm_bsr_f32"]
+    assert native.kernels() == ["conv2d_csr_f32", "conv2d_bsr_f32", "depthwise_csr_f32", "gemm_csr_f32", "gemm_bsr_f32"]
     assert native.isas()[0].name == "scalar" and native.isas()[0].usable
     assert native.active_isa().name in ISAS
 
@@ -122,9 +122,10 @@ def geometry(draw: st.DrawFn) -> ConvShape:
 
 @settings(max_examples=150, deadline=None)
 @given(shape=geometry(), batch=st.integers(1, 3), density=st.floats(0, 1), seed=st.integers(0, 99), isa=st.sampled_from(ISAS),
-       tile=st.integers(0, TILE), block=st.integers(0, 30), group=st.integers(0, 9), cuts=st.lists(st.floats(0, 1), max_size=3))  # fmt: skip
-def test_conv2d_any_geometry(shape, batch, density, seed, isa, tile, block, group, cuts) -> None:  # type: ignore[no-untyped-def]
-    check_conv(shape, isa, batch=batch, density=density, seed=seed, tuning=Tuning(tile, block, group), cuts=tuple(cuts))
+       cut_up=st.builds(Tuning, st.integers(0, TILE), st.integers(0, 30), st.integers(0, 9)),
+       cuts=st.lists(st.floats(0, 1), max_size=3))  # fmt: skip
+def test_conv2d_any_geometry(shape, batch, density, seed, isa, cut_up, cuts) -> None:  # type: ignore[no-untyped-def]
+    check_conv(shape, isa, batch=batch, density=density, seed=seed, tuning=cut_up, cuts=tuple(cuts))
 
 
 def check_gemm(batch: int, k: int, m: int, isa: str, *, density: float = 0.3, seed: int = 0, cuts: tuple[float, ...] = ()) -> None:

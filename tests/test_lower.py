@@ -23,7 +23,7 @@ X = {"x": ["N", 8, 10, 10]}
 def everything_sparse(model: ModelProto) -> bytes:
     """The model with every layer that may be sparse made sparse, whatever the planner thinks of it."""
     network = lower(read(model.SerializeToString()))
-    free = {layer.name: "csr" for layer in network.layers if not layer.obstacle}
+    free = {layer.name: operators.Execution() for layer in network.layers if not layer.obstacle}
     return get("onnx").encode(network, plan(network, keep=free))
 
 

@@ -1,7 +1,7 @@
 """The Plan: for every layer the weight format and kernel that should be fastest, with the predicted times and the reason.
 
-The cost model is deliberately small: a layer takes a fixed call, its multiply-adds at the rate of the format, and a pass over its
-input and output. The constants stand in `COST` and nowhere else; they are per core and machine-typical, since only their ratio decides.
+The cost model (`ticketkit.cost`) predicts layers; handing a tensor between dense and sparse layers costs time too, so the choices are
+made together. A whole model that would hardly gain stays dense.
 """
 
 from __future__ import annotations
@@ -13,28 +13,17 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from ticketkit import formats
+from ticketkit import cost, formats
+from ticketkit.cost import DENSE
 from ticketkit.errors import FormatError
 from ticketkit.lower import Layer, Network
+from ticketkit.lower.operators import Execution
 
 if TYPE_CHECKING:
     from rich.console import Group
 
-DENSE = "dense"
-STORED = {DENSE: DENSE, "csr": "gaps"}  # format of a kernel -> format of its weights in a file
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Of one format: GFLOP/s (2 per multiply-add, of stored weights only), ns per input and output element, µs per call."""
-
-    gflops: float
-    element_ns: float
-    call_us: float
-
-
-COST = {DENSE: Cost(110.0, 0.05, 1.0), "csr": Cost(56.0, 0.1, 4.0)}
-BREAK_EVEN = 0.45  # below this sparsity no unstructured kernel beats a good dense one
+STORED = {DENSE: DENSE, "csr": "gaps", "bsr": "gaps"}  # format of a kernel -> format of its weights in a file
+WORTH = 0.93  # of the predicted dense time: a model that would not get below it stays dense, for predictions err
 
 
 @dataclass(frozen=True)
@@ -47,6 +36,7 @@ class Choice:
         sparsity: fraction of zeros; nnz: number of the others.
         flops_dense, flops_left: of one run of the model, 2 per multiply-add, with and without the zeros; None if its size is unknown.
         format, kernel: what is chosen.
+        tuning: how a sparse convolution is cut up, see `ticketkit.lower.operators.Execution`.
         dense_us, chosen_us: predicted time, µs on one core, None without a prediction.
         reason: why, in words.
     """
@@ -60,6 +50,7 @@ class Choice:
     flops_left: int | None
     format: str
     kernel: str
+    tuning: tuple[int, ...]
     dense_us: float | None
     chosen_us: float | None
     reason: str
@@ -97,6 +88,11 @@ class Plan:
         return sum(prod(c.shape) - c.nnz for c in self.choices) / self.parameters if self.parameters else 0.0
 
     @property
+    def predicted_us(self) -> tuple[float, float]:
+        """(all dense, as chosen) over the layers whose size is known, on one core."""
+        return sum(c.dense_us or 0 for c in self.choices), sum(c.chosen_us or 0 for c in self.choices)
+
+    @property
     def flops(self) -> tuple[int, int]:
         """(dense, left) over the layers whose size is known."""
         return sum(c.flops_dense or 0 for c in self.choices), sum(c.flops_left or 0 for c in self.choices)
@@ -109,7 +105,7 @@ class Plan:
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
         """The plan `to_dict` wrote; FormatError for anything else."""
         try:
-            choices = tuple(Choice(**{**c, "shape": tuple(c["shape"])}) for c in data["choices"])
+            choices = tuple(Choice(**{**c, "shape": tuple(c["shape"]), "tuning": tuple(c["tuning"])}) for c in data["choices"])
             return cls({name: tuple(shape) for name, shape in data["inputs"].items()}, choices, data["parameters"])
         except (KeyError, TypeError, AttributeError) as error:
             raise FormatError(f"not a plan: {error}; expected the output of Plan.to_dict") from None
@@ -124,6 +120,8 @@ class Plan:
             "flops_dense": dense,
             "flops_left": left,
             "sparse_layers": len(self.sparse),
+            "predicted_us_dense": self.predicted_us[0],
+            "predicted_us": self.predicted_us[1],
             "weight_bytes_dense": sum(4 * prod(c.shape) for c in self.choices),
             "weight_bytes_stored": stored,
         }
@@ -139,55 +137,104 @@ class Plan:
         return "\n".join([head, *(f"{c.name}: {c.sparsity:.1%} zero, {c.kernel}, {c.reason}" for c in self.choices)])
 
 
-def plan(network: Network, keep: Mapping[str, str] | None = None) -> Plan:
+def plan(network: Network, keep: Mapping[str, Execution] | None = None) -> Plan:
     """Choose format and kernel of every layer.
 
     Args:
         network: from `ticketkit.lower.lower`.
-        keep: layer name -> format that was chosen earlier and stays, for files that are already sparse; layers it does not
+        keep: layer name -> what was chosen earlier and stays, for files that are already sparse; layers it does not
             name stay dense.
     """
     parameters = sum(prod(t.dims) for t in network.graph.constants.values())
-    return Plan(dict(network.inputs), tuple(_choose(layer, keep) for layer in network.layers), parameters)
-
-
-def predict_us(format_name: str, layer: Layer) -> float | None:
-    """Predicted time of a layer in µs on one core, None if its size is unknown."""
-    if layer.uses is None or layer.x_shape is None or layer.y_shape is None:
-        return None
-    cost = COST[format_name]
-    stored = layer.weight.size if format_name == DENSE else layer.nnz
-    elements = prod(layer.x_shape) + prod(layer.y_shape)
-    return cost.call_us + 2e-3 * stored * layer.uses / cost.gflops + 1e-3 * elements * cost.element_ns
-
-
-def _choose(layer: Layer, keep: Mapping[str, str] | None) -> Choice:
-    predicted = {name: predict_us(name, layer) for name in formats.names("compute") if name in COST}
-    known = {name: time for name, time in predicted.items() if time is not None}
+    predicted = [_predictions(layer) for layer in network.layers]
     if keep is not None:
-        chosen, reason = keep.get(layer.name, DENSE), "as stored in the file"
-    elif obstacle := _obstacle(layer):
-        chosen, reason = DENSE, obstacle
-    elif not known:
-        chosen, reason = DENSE, "its output size is unknown; give the input shape"
+        executions = [keep.get(layer.name) for layer in network.layers]
+        chosen = [e.format if e else DENSE for e in executions]
+        reasons = ["as stored in the file"] * len(chosen)
     else:
-        chosen = min(known, key=lambda name: known[name])
-        other = min((name for name in known if name != chosen), key=lambda name: known[name])
-        reason = f"predicted {known[chosen]:.0f} µs, {other} {known[other]:.0f}"
-    return Choice(
-        layer.name, layer.op, tuple(layer.weight.shape), layer.sparsity, layer.nnz, _flops(layer, layer.weight.size),
-        _flops(layer, layer.nnz), chosen, _kernel(layer, chosen), known.get(DENSE), known.get(chosen), reason,
+        executions = [None] * len(predicted)
+        chosen, reasons = _assign(network, predicted)
+    choices = (
+        Choice(
+            layer.name, layer.op, tuple(layer.weight.shape), layer.sparsity, layer.nnz, _flops(layer, layer.weight.size),
+            _flops(layer, layer.nnz), format, _kernel(layer, format), (execution or Execution()).tuning,
+            times.get(DENSE), times.get(format), reason,
+        )
+        for layer, times, format, execution, reason in zip(network.layers, predicted, chosen, executions, reasons, strict=True)
     )  # fmt: skip
+    return Plan(dict(network.inputs), tuple(choices), parameters)
 
 
-def _obstacle(layer: Layer) -> str:
+def _predictions(layer: Layer) -> dict[str, float]:
+    """Format -> predicted µs, of the formats open to a layer; empty if its size is unknown."""
+    candidates = [DENSE] if layer.obstacle or layer.nnz == layer.weight.size else cost.formats_for(layer)
+    times = {format: cost.predict_us(layer, format) for format in candidates}
+    return {format: time for format, time in times.items() if time is not None}
+
+
+def _assign(network: Network, predicted: list[dict[str, float]]) -> tuple[list[str], list[str]]:
+    """Format and reason for each layer: the best of each alone, then changes one by one while the whole gets faster."""
+    edges = _edges(network)
+
+    def total(formats: list[str]) -> float:
+        layers = sum(times.get(format, 0.0) for times, format in zip(predicted, formats, strict=True))
+        return layers + sum(us for a, b, us in edges if (formats[a] == DENSE) != (formats[b] == DENSE))
+
+    alone = [min(times, key=lambda format: times[format]) if times else DENSE for times in predicted]
+    chosen, best = list(alone), total(alone)
+    changed = True
+    while changed:
+        changed = False
+        for at, times in enumerate(predicted):
+            for format in times:
+                changed_one = [*chosen[:at], format, *chosen[at + 1 :]]
+                if (time := total(changed_one)) < best:
+                    chosen, best, changed = changed_one, time, True
+    dense = [DENSE] * len(chosen)
+    if best > WORTH * total(dense):
+        why = "the whole model would hardly gain"
+        return dense, [_dense_reason(layer, times, why) for layer, times in zip(network.layers, predicted, strict=True)]
+    return chosen, [
+        _dense_reason(layer, times, "dense neighbours") if format == DENSE else _comparison(times, format)
+        for layer, times, format in zip(network.layers, predicted, chosen, strict=True)
+    ]
+
+
+def _edges(network: Network) -> list[tuple[int, int, float]]:
+    """(producer, consumer, µs of a change of order between them) for layers that feed layers, through whatever lies between."""
+    nodes = network.model.graph.node
+    makers = {name: at for at, node in enumerate(nodes) for name in node.output}
+    layer_at = {layer.at: index for index, layer in enumerate(network.layers)}
+    edges = []
+    for index, layer in enumerate(network.layers):
+        if layer.op != "Conv" or layer.x_shape is None:
+            continue
+        seen, waiting = set(), [layer.x]
+        while waiting:
+            at = makers.get(waiting.pop())
+            if at is None or at in seen:
+                continue
+            seen.add(at)
+            if at not in layer_at:
+                waiting.extend(nodes[at].input)
+            elif network.layers[layer_at[at]].op == "Conv":
+                edges.append((layer_at[at], index, cost.reorder_us(prod(layer.x_shape))))
+    return edges
+
+
+def _dense_reason(layer: Layer, times: Mapping[str, float], otherwise: str) -> str:
     if layer.nnz == layer.weight.size:
         return "no zeros"
     if layer.obstacle:
         return f"{layer.obstacle}: dense only"
-    if layer.sparsity < BREAK_EVEN:
-        return f"below {BREAK_EVEN:.0%} sparsity nothing beats dense"
-    return ""
+    if not times:
+        return "its output size is unknown; give the input shape"
+    return _comparison(times, DENSE) if times[DENSE] == min(times.values()) else f"{_comparison(times, DENSE)}, but {otherwise}"
+
+
+def _comparison(times: Mapping[str, float], format: str) -> str:
+    others = ", ".join(f"{name} {time:.0f}" for name, time in times.items() if name != format)
+    return f"predicted {times[format]:.0f} µs, {others}"
 
 
 def _kernel(layer: Layer, format_name: str) -> str:
@@ -216,6 +263,7 @@ def render(plan: Plan) -> Group:
     text = (
         f"{t['sparse_layers']} of {len(plan.choices)} layers sparse at {shape}; prunable sparsity {t['prunable_sparsity']:.2%},"
         f" whole model {t['model_sparsity']:.2%}; {t['flops_left'] / 1e6:,.1f} of {t['flops_dense'] / 1e6:,.1f} MFLOP left;"
-        f" weights {t['weight_bytes_stored']:,} of {t['weight_bytes_dense']:,} bytes"
+        f" weights {t['weight_bytes_stored']:,} of {t['weight_bytes_dense']:,} bytes;"
+        f" predicted on one core {t['predicted_us'] / 1e3:.1f} of {t['predicted_us_dense'] / 1e3:.1f} ms"
     )
     return Group(table, "", text)

@@ -2,7 +2,10 @@
 // name for every function body a file may carry, such as SparseConvAddRelu (kNames).
 //
 //   inputs      X f32, values f32 [nnz], gaps u16 [nnz] (see tk_gaps_decode), B f32 [out], and for SparseConvAdd* Z f32, the residual
-//   attributes  weight_shape, activation "None" | "Relu" | "Clip" (with min, max); SparseConv: strides [2], pads [4], dilations [2]
+//   attributes  weight_shape, activation "None" | "Relu" | "Clip" (with min, max); SparseConv: strides [2], pads [4], dilations [2], group,
+//               1 (also where absent) or the number of channels;
+//               format "csr" | "bsr", the form to pack in; SparseConv: tuning [6]: lanes, height and width of the image it holds for, and
+//               tile_vectors, block_channels, group_tiles (tk_tuning). The last two may be absent.
 //
 // values, gaps and B must be initializers. They are validated when the session is made; a layer is packed when it first meets an image
 // size. Work is split over ONNX Runtime's own threads; the session option "ai.ticketkit.threads" says how many (default: one per core).
@@ -121,9 +124,11 @@ class Node {
       check_range("strides", strides_, 1);
       check_range("pads", pads_, 0);
       check_range("dilations", dilations_, 1);
+      read_group(info);
     }
     check_range("weight_shape", shape_, 1);
     read_activation(info, op.suffix());
+    read_execution(info);
     const Tensor values = constant(info, 1, "values"), gaps = constant(info, 2, "gaps");
     check_bias(constant(info, 3, "B"));  // first: it bounds what the decoder allocates
     decode(values, gaps, rows(), cols());
@@ -155,6 +160,7 @@ class Node {
 
  private:
   int64_t rows() const { return shape_[0]; }
+  int64_t channels() const { return shape_[1] * group_; }
   // At most 2^31 - 1, or refused; the product of three dimensions below 2^24 could not be held otherwise.
   int64_t cols() const {
     const int64_t taps = is_conv_ ? shape_[2] * shape_[3] : 1;
@@ -171,6 +177,14 @@ class Node {
   void check_bias(const Tensor& bias) const {
     if (bias.type != kFloat || bias.shape != std::vector<int64_t>{rows()}) {
       fail(kInvalidGraph, "B: expected float " + text({rows()}) + ", got " + text(bias.shape));
+    }
+  }
+
+  void read_group(const KernelInfo* info) {
+    if (Status* status = attribute_int(api_, info, "group", &group_)) release_status(api_, status);
+    if (group_ != 1 && (group_ != shape_[0] || shape_[1] != 1)) {
+      fail(kInvalidGraph, "group: expected 1, or " + std::to_string(shape_[0]) + " for weight [" + std::to_string(shape_[0]) +
+                              ",1,kh,kw], got " + std::to_string(group_) + " for weight " + text(shape_));
     }
   }
 
@@ -192,6 +206,29 @@ class Node {
     if (!(min_ <= max_)) fail(kInvalidGraph, "min, max: expected min <= max, got " + std::to_string(min_) + " and " + std::to_string(max_));
   }
 
+  void read_execution(const KernelInfo* info) {
+    char name[16] = "";
+    size_t size = sizeof(name);
+    if (Status* status = attribute_string(api_, info, "format", name, &size)) {
+      release_status(api_, status);
+    } else if (std::strcmp(name, "bsr") == 0) {
+      format_ = TK_BSR;
+    } else if (std::strcmp(name, "csr") != 0) {
+      fail(kInvalidGraph, std::string("format: expected csr or bsr, got ") + name);
+    }
+    if (!is_conv_ || !has_ints(api_, info, "tuning")) return;
+    tuning_ = ints(api_, info, "tuning", 6);
+    for (const int64_t v : tuning_) {
+      if (v < 0 || v > std::numeric_limits<int32_t>::max()) fail(kInvalidGraph, "tuning: " + text(tuning_) + " is out of range");
+    }
+  }
+
+  // Tuning for images of this size; all zero if there is none.
+  tk_tuning tuning(const std::vector<int64_t>& size) const {
+    if (tuning_.empty() || tuning_[0] != tk_isa_lanes(isa_) || tuning_[1] != size[0] || tuning_[2] != size[1]) return {};
+    return {static_cast<int32_t>(tuning_[3]), static_cast<int32_t>(tuning_[4]), static_cast<int32_t>(tuning_[5])};
+  }
+
   Tensor constant(const KernelInfo* info, size_t index, const char* name) const {
     int is_constant = 0;
     const Value* value = nullptr;
@@ -208,8 +245,8 @@ class Node {
 
   std::vector<int64_t> output_shape(const Tensor& x) const {
     const size_t rank = is_conv_ ? 4 : 2;
-    if (x.shape.size() != rank || x.shape[1] != shape_[1]) {
-      fail(kInvalidArgument, "X: expected [N," + std::to_string(shape_[1]) + (is_conv_ ? ",H,W]" : "]") + ", got " + text(x.shape));
+    if (x.shape.size() != rank || x.shape[1] != channels()) {
+      fail(kInvalidArgument, "X: expected [N," + std::to_string(channels()) + (is_conv_ ? ",H,W]" : "]") + ", got " + text(x.shape));
     }
     if (!is_conv_) return {x.shape[0], rows()};
     std::vector<int64_t> y = {x.shape[0], rows(), 0, 0};
@@ -239,15 +276,16 @@ class Node {
     size_t bytes = 0;
     tk_conv2d s{};
     if (is_conv_) {
-      s = {shape_[1],   size[0],  size[1],  shape_[0], shape_[2], shape_[3],     strides_[0],
-           strides_[1], pads_[0], pads_[1], pads_[2],  pads_[3],  dilations_[0], dilations_[1]};
+      s = {channels(), size[0],  size[1],  shape_[0], shape_[2],     shape_[3],     strides_[0], strides_[1],
+           pads_[0],   pads_[1], pads_[2], pads_[3],  dilations_[0], dilations_[1], group_};
     }
+    const tk_tuning cut = is_conv_ ? tuning(size) : tk_tuning{};
     tk_status status =
-        is_conv_ ? tk_conv2d_packed_bytes(&s, &w.csr, TK_CSR, isa_, nullptr, &bytes) : tk_gemm_packed_bytes(&w.csr, TK_CSR, isa_, &bytes);
+        is_conv_ ? tk_conv2d_packed_bytes(&s, &w.csr, format_, isa_, &cut, &bytes) : tk_gemm_packed_bytes(&w.csr, format_, isa_, &bytes);
     if (status != TK_OK) fail(kFail, tk_status_text(status));
     auto packed = std::make_shared<Buffer>(bytes);
-    status = is_conv_ ? tk_conv2d_pack(&s, &w.csr, TK_CSR, isa_, nullptr, packed->data(), bytes)
-                      : tk_gemm_pack(&w.csr, TK_CSR, isa_, packed->data(), bytes);
+    status = is_conv_ ? tk_conv2d_pack(&s, &w.csr, format_, isa_, &cut, packed->data(), bytes)
+                      : tk_gemm_pack(&w.csr, format_, isa_, packed->data(), bytes);
     if (status != TK_OK) fail(kFail, tk_status_text(status));
     return packed;
   }
@@ -256,7 +294,9 @@ class Node {
   const bool is_conv_, has_residual_;
   const int64_t threads_;
   int32_t isa_ = 0;
-  std::vector<int64_t> shape_, strides_, pads_, dilations_;
+  int64_t group_ = 1;
+  tk_format format_ = TK_CSR;
+  std::vector<int64_t> shape_, strides_, pads_, dilations_, tuning_;
   float min_ = -std::numeric_limits<float>::infinity(), max_ = std::numeric_limits<float>::infinity();
   std::mutex mutex_;
   std::vector<std::pair<std::vector<int64_t>, std::shared_ptr<const Buffer>>> packed_;

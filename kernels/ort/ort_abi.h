@@ -76,6 +76,7 @@ struct CustomOp {
   TK_ORT(62, dimensions, Status*, (const TensorInfo*, int64_t*, size_t))                     \
   TK_ORT(65, tensor_info, Status*, (const Value*, TensorInfo**))                             \
   TK_ORT(85, attribute_float, Status*, (const KernelInfo*, const char*, float*))             \
+  TK_ORT(86, attribute_int, Status*, (const KernelInfo*, const char*, int64_t*))             \
   TK_ORT(87, attribute_string, Status*, (const KernelInfo*, const char*, char*, size_t*))    \
   TK_ORT(90, input, Status*, (const KernelContext*, size_t, const Value**))                  \
   TK_ORT(91, output, Status*, (KernelContext*, size_t, const int64_t*, size_t, Value**))     \

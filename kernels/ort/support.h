@@ -109,6 +109,12 @@ inline std::vector<int64_t> ints(const Api* api, const KernelInfo* info, const c
   return values;
 }
 
+inline bool has_ints(const Api* api, const KernelInfo* info, const char* name) {
+  size_t size = 0;
+  if (Status* status = attribute_ints(api, info, name, nullptr, &size)) release_status(api, status);
+  return size > 0;
+}
+
 }  // namespace tk::ort
 
 #endif  // TICKETKIT_ORT_SUPPORT_H_

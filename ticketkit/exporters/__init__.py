@@ -132,7 +132,8 @@ def examine(source: _source.Source, *, round: int | None = None, input_shape: Se
         ModelError, FormatError, TicketError: the source is missing, damaged or unsupported.
     """
     original = _source.load(source, round, input_shape)
-    stored = {node.name: "csr" for node in operators.nodes(original)}
+    decoded = operators.decode(original)
+    stored = {node.name: decoded[node.output[0]].execution for node in operators.nodes(original)}
     return plan(lower(original, input_shape), stored or None)
 
 

@@ -6,7 +6,7 @@ The operators and their function bodies are specified in `ticketkit.lower.operat
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
@@ -33,7 +33,7 @@ def encode(network: Network, plan: Plan) -> bytes:
             f"no layer would run faster sparse (the sparsest is {most:.0%} zero): prune more, or export with --format onnx-dense;"
             " `ticketkit inspect` gives the reason for each layer"
         )
-    return finish(_sparse(network, {c.name for c in plan.sparse}))
+    return finish(_sparse(network, {c.name: operators.Execution(c.format, c.tuning) for c in plan.sparse}))
 
 
 def decode(data: bytes, network: Network) -> ModelProto:
@@ -56,9 +56,9 @@ def finish(model: ModelProto) -> bytes:
     return data
 
 
-def _sparse(network: Network, names: set[str]) -> ModelProto:
+def _sparse(network: Network, chosen: Mapping[str, operators.Execution]) -> ModelProto:
     source = network.model
-    fused = {f.absorbed[-1]: f for f in network.fuse(layer for layer in network.layers if layer.name in names)}
+    fused = {f.absorbed[-1]: f for f in network.fuse(layer for layer in network.layers if layer.name in chosen)}
     absorbed = {at for f in fused.values() for at in f.absorbed}
     staying = [node for at, node in enumerate(source.graph.node) if at not in absorbed]
     needed = _reads(staying, source)
@@ -67,7 +67,7 @@ def _sparse(network: Network, names: set[str]) -> ModelProto:
     nodes = []
     for at, node in enumerate(source.graph.node):
         if at in fused:
-            nodes.append(_sparse_node(fused[at], constants))
+            nodes.append(_sparse_node(fused[at], chosen[fused[at].layer.name], constants))
         elif at not in absorbed:
             nodes.append(node)
     used = sorted({n.op_type for n in nodes if n.domain == operators.DOMAIN})
@@ -81,14 +81,16 @@ def _sparse(network: Network, names: set[str]) -> ModelProto:
     return model
 
 
-def _sparse_node(fused: Fused, constants: _Constants) -> NodeProto:
+def _sparse_node(fused: Fused, execution: operators.Execution, constants: _Constants) -> NodeProto:
     layer = fused.layer
     if layer.obstacle or layer.bias is None:
         raise ExportError(f"{layer.name}: the plan makes it sparse, but: {layer.obstacle}; plan the network again")
     parts = {**gaps.pack(layer.weight), "bias": layer.bias}
     inputs = [layer.x, *(constants.add(f"{layer.name}.{part}", array) for part, array in parts.items())]
     op = operators.CONV if layer.op == "Conv" else operators.GEMM
-    return operators.make_node(op, inputs, fused.output, layer.name, layer.weight.shape, layer.window, fused.epilogue)
+    return operators.make_node(
+        op, inputs, fused.output, layer.name, layer.weight.shape, layer.window, fused.epilogue, execution
+    )
 
 
 def _reads(nodes: Sequence[NodeProto], source: ModelProto) -> set[str]:

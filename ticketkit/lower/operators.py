@@ -5,7 +5,9 @@
 
 Everything else is float32. Attributes: ``weight_shape`` [M,C,kh,kw] or [M,K], ``numel`` [its product], ``activation`` "None", "Relu" or
 "Clip" (then ``min`` and ``max``), and for SparseConv ``strides`` [2], ``pads`` [top, left, bottom, right], ``dilations`` [2]; the group is
-always 1. W is gap-coded (`ticketkit.formats.gaps`).
+always 1. W is gap-coded (`ticketkit.formats.gaps`). How a library should run it is said by ``format`` "csr" (default) or "bsr", the form
+the weight is packed in, and for SparseConv ``tuning`` [6]: how it is cut up on vectors of so many lanes and images of such height and
+width (tile_vectors, block_channels, group_tiles of kernels/ticketkit.h); zeros leave it to the library, other lanes and images too.
 
 An operator has one function body, so each body has an operator of its own: the name is SparseConv or SparseGemm + ("Add" if Z) +
 ("" | "Relu" | "Clip"), such as SparseConvAddRelu. (ONNX has overloads for this, but onnxruntime ignores them before 1.27.)
@@ -36,6 +38,20 @@ CONV, GEMM = "SparseConv", "SparseGemm"
 DIGEST = "ticketkit.sha256"  # metadata key: hash of the whole model, by which `read` knows damage
 OWN = ("ticketkit.version", DIGEST)  # metadata of the file that was read, not of what is made from it
 WINDOW = ("strides", "pads", "dilations")
+PACKED = ("csr", "bsr")
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a library should run a node; results differ in rounding only.
+
+    Attributes:
+        format: the form its weight is packed in, of `PACKED`.
+        tuning: (lanes, image height, image width, tile_vectors, block_channels, group_tiles), zeros for the library's choice.
+    """
+
+    format: str = "csr"
+    tuning: tuple[int, ...] = (0,) * 6
 
 
 @dataclass(frozen=True)
@@ -61,12 +77,13 @@ class Epilogue:
 
 @dataclass(frozen=True)
 class Sparse:
-    """A decoded node: the shape and gap-coded arrays of its weight, window attributes (none for SparseGemm) and epilogue."""
+    """A decoded node: the shape and gap-coded arrays of its weight, window attributes (none for SparseGemm), epilogue and execution."""
 
     shape: tuple[int, ...]
     parts: dict[str, Array]
     window: dict[str, list[int]]
     epilogue: Epilogue
+    execution: Execution
 
     def weight(self) -> Array:
         """The dense weight, f32 of that shape."""
@@ -74,14 +91,22 @@ class Sparse:
 
 
 def make_node(
-    op: str, inputs: Sequence[str], output: str, name: str, shape: Sequence[int], window: dict[str, list[int]], epilogue: Epilogue
+    op: str,
+    inputs: Sequence[str],
+    output: str,
+    name: str,
+    shape: Sequence[int],
+    window: dict[str, list[int]],
+    epilogue: Epilogue,
+    execution: Execution,
 ) -> NodeProto:
     """A node of this domain, `op` being SparseConv or SparseGemm; inputs are X, values, gaps, B, to which the residual is appended."""
     clip = {"min": epilogue.low, "max": epilogue.high} if epilogue.activation == "Clip" else {}
+    tuning = {"tuning": list(execution.tuning)} if op == CONV else {}
     operands = [*inputs, epilogue.residual] if epilogue.residual else list(inputs)
     return helper.make_node(
         op + epilogue.suffix, operands, [output], name=name, domain=DOMAIN, weight_shape=list(shape), numel=[prod(shape)],
-        activation=epilogue.activation, **window, **clip,
+        activation=epilogue.activation, format=execution.format, **tuning, **window, **clip,
     )  # fmt: skip
 
 
@@ -89,7 +114,7 @@ def function(name: str, opset: int) -> FunctionProto:
     """The body of one operator, by its full name, in standard operators of that opset."""
     op = CONV if name.startswith(CONV) else GEMM
     residual, activation = name.startswith(f"{op}Add"), name.removeprefix(op).removeprefix("Add")
-    attributes = ["weight_shape", "numel", "activation"]
+    attributes = ["weight_shape", "numel", "activation", "format"]
     nodes = [
         _constant("weight_shape", "value_ints", "weight_shape", AttributeProto.INTS),
         _constant("numel", "value_ints", "numel", AttributeProto.INTS),
@@ -103,7 +128,7 @@ def function(name: str, opset: int) -> FunctionProto:
     if op == CONV:
         product = helper.make_node("Conv", ["X", "W", "B"], ["product"])
         product.attribute.extend(_reference(key, key, AttributeProto.INTS) for key in WINDOW)
-        attributes += WINDOW
+        attributes += ["tuning", *WINDOW]
     else:
         product = helper.make_node("Gemm", ["X", "W", "B"], ["product"], transB=1)
     nodes.append(product)
@@ -183,7 +208,16 @@ def _decode(node: NodeProto, constants: dict[str, onnx.TensorProto]) -> Sparse:
     epilogue = _epilogue(attributes, node.input[4] if len(node.input) == 5 else "")
     if node.op_type != op + epilogue.suffix:
         raise FormatError(f"operator {node.op_type}: inputs and attributes are those of {op + epilogue.suffix}")
-    return Sparse(shape, parts, window, epilogue)
+    return Sparse(shape, parts, window, epilogue, _execution(attributes))
+
+
+def _execution(attributes: dict[str, Any]) -> Execution:
+    default = Execution()
+    form = attributes.get("format", default.format.encode())
+    if form not in {name.encode() for name in PACKED}:
+        raise FormatError(f"format: expected one of {', '.join(PACKED)}, got {form!r}")
+    tuning = _ints(attributes, "tuning", 6, 0) if "tuning" in attributes else default.tuning
+    return Execution(form.decode(), tuple(tuning))
 
 
 def _epilogue(attributes: dict[str, Any], residual: str) -> Epilogue:
