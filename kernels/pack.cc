@@ -12,6 +12,7 @@ constexpr int64_t kMaxDim = int64_t{1} << 24;      // of images, windows, stride
 constexpr int64_t kBlockBytes = 32 * 1024;         // strips of one block that a tile reads: about L1 (kernels/README.md)
 constexpr int64_t kGroupBytes = 96 * 1024;         // strips of one block filled at once: a part of L2
 constexpr int64_t kAccumulatorBytes = 192 * 1024;  // accumulators that wait between blocks: another part of L2
+constexpr int64_t kDepthwiseBytes = 24 * 1024;     // strips of one channel's tile: most of L1
 constexpr int64_t kGoodTile = 8;                   // vectors of a CSR tile: wider ones shorten the rows that fit L1, narrower ones waste
 constexpr int64_t kGemmTile = 64;                  // rows of batch of a gemm's widest tile
 constexpr int64_t kMaxRowPointers = int64_t{1} << 28;  // over all blocks: 1 GiB
@@ -26,6 +27,8 @@ int32_t i32(int64_t x) { return static_cast<int32_t>(x); }
 
 bool within(int64_t x, int64_t low, int64_t high) { return x >= low && x <= high; }
 
+bool is_depthwise(const tk_conv2d& s) { return s.groups > 1; }
+
 tk_status check_shape(const tk_conv2d& s, const tk_csr& w) {
   const int64_t at_least_one[] = {s.in_channels, s.in_h,     s.in_w,     s.out_channels, s.kernel_h,
                                   s.kernel_w,    s.stride_h, s.stride_w, s.dilation_h,   s.dilation_w};
@@ -38,8 +41,9 @@ tk_status check_shape(const tk_conv2d& s, const tk_csr& w) {
   }
   if (s.dilation_h * (s.kernel_h - 1) + 1 > s.in_h + s.pad_top + s.pad_bottom) return TK_BAD_SHAPE;
   if (s.dilation_w * (s.kernel_w - 1) + 1 > s.in_w + s.pad_left + s.pad_right) return TK_BAD_SHAPE;
+  if (s.groups != 1 && (s.groups != s.in_channels || s.groups != s.out_channels)) return TK_BAD_SHAPE;
   const int64_t taps = s.kernel_h * s.kernel_w;
-  if (w.rows != s.out_channels || w.cols % taps != 0 || w.cols / taps != s.in_channels) return TK_BAD_SHAPE;
+  if (w.rows != s.out_channels || w.cols % taps != 0 || w.cols / taps != s.in_channels / s.groups) return TK_BAD_SHAPE;
   return TK_OK;
 }
 
@@ -158,17 +162,34 @@ tk_status cut_blocks(const tk_tuning& tuning, Packed* p) {
   return TK_OK;
 }
 
+// Cuts one channel's pixels into tiles whose strips stay in L1.
+tk_status plan_depthwise(Packed* p) {
+  if (p->out_h * p->out_w > INT32_MAX) return TK_TOO_LARGE;
+  p->pitch = round_up(p->out_w, p->lanes);
+  p->blocks = p->block_channels = 1;
+  p->row_groups = p->rows;
+  const int64_t vectors = p->out_h * p->pitch / p->lanes;
+  for (int64_t tiles = ceil_div(vectors * p->lanes, kMaxBlockFloats);; tiles += ceil_div(tiles, 8)) {
+    p->tile_vectors = i32(round_up(ceil_div(vectors, tiles), kDepthwiseVectors));
+    p->tiles = ceil_div(vectors, p->tile_vectors);
+    const tk_status status = plan_strips(p, nullptr);
+    if ((status == TK_OK && 4 * p->channel_floats <= kDepthwiseBytes) || p->tile_vectors == kDepthwiseVectors) return status;
+  }
+}
+
 // Fills the header, all but the places of the arrays. Sizes depend on shape, nnz, ISA and tuning only.
 tk_status plan_conv2d(const tk_conv2d& s, const tk_csr& w, tk_format format, int32_t isa, const tk_tuning* given, Packed* p) {
   const tk_status bad = check_shape(s, w);
   if (bad != TK_OK) return bad;
   tk_tuning tuning = given ? *given : tk_tuning{};
   if (!within(tuning.tile_vectors, 0, kMaxTileVectors) || tuning.block_channels < 0 || tuning.group_tiles < 0) return TK_BAD_ARGUMENT;
-  *p = header(k_conv2d_csr_f32, k_conv2d_bsr_f32, format, isa, w);
+  if (is_depthwise(s) && format != TK_CSR) return TK_BAD_ARGUMENT;
+  *p = header(is_depthwise(s) ? k_depthwise_csr_f32 : k_conv2d_csr_f32, k_conv2d_bsr_f32, format, isa, w);
   if (tuning.tile_vectors > most_vectors(*p)) tuning.tile_vectors = i32(most_vectors(*p));
   p->shape = s;
   p->out_h = (s.in_h + s.pad_top + s.pad_bottom - s.dilation_h * (s.kernel_h - 1) - 1) / s.stride_h + 1;
   p->out_w = (s.in_w + s.pad_left + s.pad_right - s.dilation_w * (s.kernel_w - 1) - 1) / s.stride_w + 1;
+  if (is_depthwise(s)) return plan_depthwise(p);
   p->pitch = choose_pitch(s, *p);
   cut_tiles(tuning.tile_vectors, p);
   tk_status status = cut_blocks(tuning, p);
@@ -423,6 +444,7 @@ tk_status tk_gemm_pack(const tk_csr* w, tk_format format, int32_t isa, void* pac
 int64_t tk_parts(const void* packed, int64_t batch) {
   const Packed* p = static_cast<const Packed*>(packed);
   if (!p || p->magic != kMagic || !within(batch, 1, INT32_MAX)) return 0;
+  if (p->kernel == k_depthwise_csr_f32) return batch * p->row_groups;
   const int64_t tiles = is_gemm(*p) ? ceil_div(batch, p->batch_tile(batch)) : batch * p->tiles;
   return tiles * p->row_groups;
 }
@@ -431,7 +453,9 @@ size_t tk_workspace_bytes(const void* packed) {
   const Packed* p = static_cast<const Packed*>(packed);
   if (!p || p->magic != kMagic) return 0;
   int64_t floats = p->strips_floats();
-  if (is_gemm(*p)) {
+  if (p->kernel == k_depthwise_csr_f32) {
+    floats += p->lists_floats();
+  } else if (is_gemm(*p)) {
     const int64_t rows = round_up(p->rows, kGroupRows) * p->tile_floats();
     floats = p->x_floats + (rows < kGemmFloats ? rows : kGemmFloats);
   } else if (p->blocks > 1) {

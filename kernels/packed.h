@@ -11,6 +11,8 @@ constexpr int kMaxTileVectors = 14;              // accumulators of one CSR tile
 constexpr int64_t kBlockRows = 4;                // output rows of a BSR block
 // Vectors of a BSR tile: kBlockRows accumulators for each, the vector itself, and one weight.
 constexpr int max_block_vectors(int registers) { return (registers - 1) / static_cast<int>(kBlockRows + 1); }
+constexpr int kDepthwiseVectors = 4;          // accumulators beside which a depthwise 3x3 window's weights stay in registers
+constexpr int kStripMasks = 4;                // which lanes of a vector are inside the image: none, all, those of a row's ends
 constexpr int64_t kMaxBlockFloats = 1 << 16;  // input of one block: entries hold 16-bit offsets
 constexpr int64_t kGemmColumns = 64;          // columns between two row pointers of a gemm
 constexpr int64_t kGemmFloats = 48 * 1024;    // accumulators of the rows that one pass over the columns takes: a part of L2
@@ -40,15 +42,15 @@ struct Packed {
   int64_t total_bytes;
   int64_t rows, cols;
   int64_t unit_rows;       // output rows that share their columns: 1 for CSR, kBlockRows for BSR
-  tk_conv2d shape;         // conv2d only
-  int64_t out_h, out_w;    // conv2d only
-  int64_t pitch;           // conv2d only: pixels from output row to output row as lanes see them, >= out_w; the surplus is never stored
-  int64_t tiles;           // tiles per image (conv2d)
+  tk_conv2d shape;         // convolutions only
+  int64_t out_h, out_w;    // convolutions only
+  int64_t pitch;           // convolutions only: pixels from output row to output row as lanes see them, >= out_w
+  int64_t tiles;           // tiles per image (conv2d) or plane (depthwise)
   int64_t group_tiles;     // neighbouring tiles whose strips are filled together (conv2d)
-  int64_t row_groups;      // groups of kGroupRows output rows: the finest part
+  int64_t row_groups;      // groups of kGroupRows output rows, for depthwise single rows: the finest part
   int64_t blocks;          // blocks of input channels (conv2d) or columns (gemm)
   int64_t block_channels;  // of every block but the last
-  int64_t channel_floats;  // floats of one channel's strips (conv2d)
+  int64_t channel_floats;  // floats of one channel's strips (convolutions)
   int64_t x_floats;        // floats of x that are transposed at once (gemm)
   int32_t strip_count;
   // Byte offsets of Strip[strip_count], uint32_t[blocks][units + 1], float[stored], uint16_t[stored / unit_rows]. Offsets count floats from
@@ -68,6 +70,11 @@ struct Packed {
   const uint32_t* row_ptr(int64_t block) const { return at<uint32_t>(row_ptr_at) + block * (units() + 1); }
   const float* values() const { return at<float>(values_at); }
   const uint16_t* offsets() const { return at<uint16_t>(offsets_at); }
+  // Floats behind the strips of a depthwise tile: kStripMasks masks for each strip; from and mask of its vectors; place and count of each
+  // vector of output.
+  int64_t masks_floats() const { return int64_t{strip_count} * kStripMasks * lanes; }
+  int64_t reads_floats() const { return (channel_floats / lanes * 2 + 15) / 16 * 16; }
+  int64_t lists_floats() const { return masks_floats() + reads_floats() + int64_t{tile_vectors} * 2; }
   int64_t block_begin(int64_t block) const { return block * block_channels; }
   // Rows of batch in one tile of a gemm: whole vectors, shared out evenly.
   int64_t batch_tile(int64_t batch) const {

@@ -80,15 +80,17 @@ TK_API tk_status tk_gaps_decode(int64_t rows, int64_t cols, int64_t nnz, const u
 
 // y[n,m,oh,ow] = clip(bias[m] + residual[n,m,oh,ow] + sum_{c,i,j} w[m,c,i,j] * x[n, c, oh*stride_h - pad_top + i*dilation_h,
 //                                                                                  ow*stride_w - pad_left + j*dilation_w])
-// with x zero outside the image; out_h = (in_h + pad_top + pad_bottom - dilation_h*(kernel_h-1) - 1) / stride_h + 1, out_w alike.
+// with x zero outside the image; groups = 1. Or depthwise, groups = in_channels = out_channels: w is [out_channels, 1, kernel_h, kernel_w],
+// so cols = kernel_h * kernel_w, and c is m alone. out_h = (in_h + pad_top + pad_bottom - dilation_h*(kernel_h-1) - 1) / stride_h + 1, out_w alike.
 typedef struct tk_conv2d {
   int64_t in_channels, in_h, in_w, out_channels;
   int64_t kernel_h, kernel_w, stride_h, stride_w;
   int64_t pad_top, pad_left, pad_bottom, pad_right;
   int64_t dilation_h, dilation_w;
+  int64_t groups;
 } tk_conv2d;
 
-// How a layer is cut up. 0 means: choose. The choice changes speed and, in the last bits, the order of summation.
+// How a layer is cut up. 0 means: choose. The choice changes speed and, in the last bits, the order of summation. Depthwise ignores it.
 typedef struct tk_tuning {
   int32_t tile_vectors;    // vectors of pixels per tile, 1 … 14
   int32_t block_channels;  // input channels per block, at most; fewer where they would not fit 16-bit offsets
@@ -96,7 +98,7 @@ typedef struct tk_tuning {
 } tk_tuning;
 
 // The forms a weight can be packed in. CSR: each row its own columns. BSR: blocks of 4 rows x 1 column, so that rows 4i … 4i+3 share
-// their columns; what a block holds beyond the weight's own non-zeros is stored as zeros.
+// their columns; what a block holds beyond the weight's own non-zeros is stored as zeros. Depthwise has TK_CSR only.
 typedef enum tk_format { TK_CSR = 0, TK_BSR = 1 } tk_format;
 
 // Values the form stores, zeros of half-full blocks included: nnz for TK_CSR. 0 for a weight that tk_csr_validate refuses.

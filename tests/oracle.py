@@ -12,13 +12,14 @@ EPS = float(np.finfo(np.float32).eps)
 
 def conv2d(
     x: Array,  # [N, C, H, W]
-    weight: Array,  # [M, C, kh, kw]
+    weight: Array,  # [M, C / groups, kh, kw]
     bias: Array | None = None,  # [M]
     residual: Array | None = None,  # [N, M, OH, OW]
     *,
     strides: tuple[int, int] = (1, 1),
     pads: tuple[int, int, int, int] = (0, 0, 0, 0),  # top, left, bottom, right
     dilations: tuple[int, int] = (1, 1),
+    groups: int = 1,
     clip: tuple[float, float] = (-np.inf, np.inf),
 ) -> Exact:
     """clip(conv2d(x, weight) + bias + residual) in float64, [N, M, OH, OW]."""
@@ -27,7 +28,9 @@ def conv2d(
     reach = [d * (k - 1) + 1 for d, k in zip(dilations, weight.shape[2:], strict=True)]
     windows = np.lib.stride_tricks.sliding_window_view(padded, reach, axis=(2, 3))  # [N, C, ., ., reach_h, reach_w]
     windows = windows[:, :, :: strides[0], :: strides[1], :: dilations[0], :: dilations[1]]
-    y = np.einsum("nchwij,mcij->nmhw", windows, weight.astype(np.float64), optimize=True)
+    n, c, *rest = windows.shape
+    grouped, weights = windows.reshape(n, groups, c // groups, *rest), weight.astype(np.float64).reshape(groups, -1, *weight.shape[1:])
+    y = np.einsum("ngchwij,gmcij->ngmhw", grouped, weights, optimize=True).reshape(n, len(weight), *rest[:2])
     if bias is not None:
         y = y + bias[:, None, None]
     return np.clip(y if residual is None else y + residual, *clip)

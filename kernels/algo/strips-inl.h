@@ -89,7 +89,7 @@ struct VectorCopy {
 // The vectors of a strip where none holds pieces of two rows: pitches of whole vectors, and planes copied as they are.
 class VectorCopies {
  public:
-  enum Mask { kNone, kAll, kHead, kTail, kMasks };
+  enum Mask { kNone, kAll, kHead, kTail };
 
   static bool possible(const Packed& p) {
     const tk_conv2d& s = p.shape;
@@ -127,7 +127,7 @@ class VectorCopies {
   }
 
   int64_t low = 0, high = 0;
-  Vec masks[kMasks];
+  Vec masks[kStripMasks];
 
  private:
   static constexpr int64_t kMaxPlane = int64_t{1} << 30;
@@ -161,13 +161,29 @@ static inline void copy_vectors(const float* plane, const VectorCopy* vectors, i
   }
 }
 
-// The same lane by lane, for the first and last planes of x, where whole vectors would reach outside.
+// The same, lane by lane where whole vectors would reach outside: for the first and last planes of x.
 static void copy_lanes(const Fill& f, int64_t stride, const float* plane, const VectorCopy* vectors, int n, const Vec* masks, float* to) {
   for (int k = 0; k < n; ++k, to += Vec::kLanes) {
     const int64_t at = plane + vectors[k].from - f.x, count = f.limit - f.x;
+    if (at >= 0 && at + stride * Vec::kLanes <= count) {
+      stride == 1 ? copy_vectors<1>(plane, vectors + k, 1, masks, to) : copy_vectors<2>(plane, vectors + k, 1, masks, to);
+      continue;
+    }
     float lanes[Vec::kLanes];
     for (int64_t i = 0; i < Vec::kLanes; ++i) lanes[i] = at + i * stride >= 0 && at + i * stride < count ? f.x[at + i * stride] : 0.0f;
     (Vec::load(lanes) & masks[vectors[k].mask]).store(to);
+  }
+}
+
+// Vectors of a strip of one plane; [low, high) is the range of it that they read.
+static inline void copy_plane(const Fill& f, int64_t stride, const float* plane, const VectorCopy* vectors, int n, const Vec* masks,
+                              int64_t low, int64_t high, float* to) {
+  if (plane - f.x < -low || f.limit - plane < high) {
+    copy_lanes(f, stride, plane, vectors, n, masks, to);
+  } else if (stride == 1) {
+    copy_vectors<1>(plane, vectors, n, masks, to);
+  } else {
+    copy_vectors<2>(plane, vectors, n, masks, to);
   }
 }
 
@@ -180,14 +196,7 @@ static void fill_vectors(const Packed& p, const Strip& strip, const Fill& f) {
   while (const int n = rest.next(vectors, kAtOnce)) {
     for (int64_t c = 0; c < f.channels; ++c) {
       const float* const plane = f.image + c * p.shape.in_h * p.shape.in_w;
-      float* const channel_to = to + c * p.channel_floats;
-      if (plane - f.x < -rest.low || f.limit - plane < rest.high) {
-        copy_lanes(f, stride, plane, vectors, n, rest.masks, channel_to);
-      } else if (stride == 1) {
-        copy_vectors<1>(plane, vectors, n, rest.masks, channel_to);
-      } else {
-        copy_vectors<2>(plane, vectors, n, rest.masks, channel_to);
-      }
+      copy_plane(f, stride, plane, vectors, n, rest.masks, rest.low, rest.high, to + c * p.channel_floats);
     }
     to += int64_t{n} * Vec::kLanes;
   }

@@ -7,6 +7,7 @@
 #include "../algo/conv2d-inl.h"
 #include "../algo/conv2d_csr-inl.h"
 #include "../algo/conv2d_bsr-inl.h"
+#include "../algo/depthwise_csr-inl.h"
 #include "../algo/gemm-inl.h"
 #include "../algo/gemm_csr-inl.h"
 #include "../algo/gemm_bsr-inl.h"

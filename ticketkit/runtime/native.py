@@ -42,7 +42,7 @@ class Isa:
 
 @dataclass(frozen=True)
 class ConvShape:
-    """Geometry of a convolution, in the order of `tk_conv2d`; sizes in pixels, groups = 1."""
+    """Geometry of a convolution, in the order of `tk_conv2d`; sizes in pixels. `groups` is 1, or all channels: depthwise."""
 
     in_channels: int
     in_h: int
@@ -58,11 +58,12 @@ class ConvShape:
     pad_right: int = 0
     dilation_h: int = 1
     dilation_w: int = 1
+    groups: int = 1
 
     @property
     def cols(self) -> int:
         """Columns of the weight as a matrix."""
-        return self.in_channels * self.kernel_h * self.kernel_w
+        return self.in_channels // max(self.groups, 1) * self.kernel_h * self.kernel_w
 
     @property
     def out_h(self) -> int:
@@ -299,9 +300,10 @@ class Tuning:
 def conv2d(
     shape: ConvShape, parts: Parts, *, format: str = "csr", isa: str | None = None, tuning: Tuning | None = None
 ) -> Layer:
-    """Packs a convolution whose weight [out_channels, in_channels, kernel_h, kernel_w] is given as CSR arrays (formats/csr.py).
+    """Packs a convolution whose weight [out_channels, in_channels / groups, kernel_h, kernel_w] is given as CSR arrays (formats/csr.py).
 
-    `format` is the form it is packed in: "csr", or "bsr" for blocks of 4 output channels, whatever zeros those then hold.
+    `format` is the form it is packed in: "csr", or "bsr" for blocks of 4 output channels, whatever zeros those then hold, but for
+    depthwise convolutions.
     `isa` defaults to the active one. Raises FormatError, KernelError.
     """
     tk, csr, geometry = _library(), _csr(shape.out_channels, shape.cols, parts), _Conv2d(*astuple(shape))
