@@ -15,6 +15,7 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 if TYPE_CHECKING:
     from ticketkit.errors import TicketkitError
+    from ticketkit.estimator import estimate
     from ticketkit.exporters import export
     from ticketkit.runtime.native import library_path as get_library_path
     from ticketkit.search.imp import find
@@ -25,11 +26,12 @@ _HOME = {  # public name -> (module, name there)
     "InferenceSession": ("ticketkit.session", "InferenceSession"),
     "Ticket": ("ticketkit.ticket", "Ticket"),
     "TicketkitError": ("ticketkit.errors", "TicketkitError"),
+    "estimate": ("ticketkit.estimator", "estimate"),
     "export": ("ticketkit.exporters", "export"),
     "find": ("ticketkit.search.imp", "find"),
     "get_library_path": ("ticketkit.runtime.native", "library_path"),
 }
-__all__ = ["InferenceSession", "Ticket", "TicketkitError", "__version__", "export", "find", "get_library_path"]
+__all__ = ["InferenceSession", "Ticket", "TicketkitError", "__version__", "estimate", "export", "find", "get_library_path"]
 
 
 def __getattr__(name: str) -> Any:

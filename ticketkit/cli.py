@@ -17,6 +17,7 @@ from ticketkit.errors import TicketkitError
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 TARGETS = sorted(file.stem.replace("_", "-") for file in (Path(__file__).parent / "exporters").glob("[!_]*.py"))
+DISTRIBUTIONS = ["global", "uniform", "erk"]
 
 
 def _numbers(text: str | None, kind: type[int] | type[float]) -> list[Any] | None:
@@ -32,6 +33,10 @@ def _shape(context: click.Context, parameter: click.Parameter, text: str | None)
 
 def _floats(context: click.Context, parameter: click.Parameter, text: str | None) -> list[Any] | None:
     return _numbers(text, float)
+
+
+def _fractions(context: click.Context, parameter: click.Parameter, texts: Sequence[str]) -> list[Any]:
+    return [number for text in texts for number in _numbers(text, float) or []]
 
 
 @click.group(context_settings=CONTEXT)
@@ -222,6 +227,46 @@ def inspect(source: str, round: int | None, input_shape: list[int] | None, as_js
         click.echo(json.dumps({**plan.to_dict(), **plan.totals()}))
     else:
         Console(width=None if sys.stdout.isatty() else 140).print(render(plan))
+
+
+@cli.command()
+@click.argument("source", metavar="MODEL|RUN|NAME")
+@click.option("--sparsity", required=True, multiple=True, metavar="S[,S...]", callback=_fractions,
+              help="Fractions of the prunable weights, e.g. 0.9 or 0.5,0.7,0.9; repeat it or separate them by commas.")
+@click.option("--distribution", type=click.Choice(DISTRIBUTIONS), default="global", show_default=True, help="Of the zeros, see above.")
+@click.option("--granularity", default="1x1", show_default=True, metavar="RxC",
+              help="Zeros in whole blocks of R output channels by C weights, e.g. 4x1; 1x1 is single weights.")
+@click.option("--round", type=int, metavar="K", help="Round of a run directory.  [default: the last finished one]")
+@click.option("--input-shape", metavar="C,H,W", callback=_shape, help="Of one image, where MODEL leaves it open.  [torchvision: 3,224,224]")
+@click.option("--batch", type=click.IntRange(1), metavar="N", help="Images of one run.  [default: the model's, else 1]")
+@click.option("--layers", is_flag=True, help="Show every layer at every sparsity, too.")
+@click.option("--json", "as_json", is_flag=True, help="Print the estimate, with every layer, as JSON.")
+def estimate(source: str, sparsity: list[float], layers: bool, as_json: bool, **options: Any) -> None:
+    """Predict how fast MODEL would run at some sparsities, before training it.
+
+    MODEL is an .onnx file; a run directory or a ticket will do, as will the NAME of a network of torchvision.models, such as
+    resnet50, with random weights. Nothing is run or timed: the planner's cost model predicts convolutions and matrix
+    products on one core. Pruned is every convolution but the first; in a network without others, such as a transformer,
+    every layer but the first and the last.
+
+    \b
+    global   the smallest weights of all layers together, as `ticketkit find` prunes
+    uniform  every layer alike
+    erk      Erdos-Renyi-Kernel (Evci et al. 2020): small layers denser
+
+    \b
+    ticketkit estimate resnet50 --sparsity 0.7,0.8,0.9 --distribution erk
+    ticketkit estimate model.onnx --sparsity 0.9 --granularity 4x1 --layers
+    """
+    from rich.console import Console
+
+    from ticketkit import estimator
+
+    found = estimator.estimate(source, sparsity, **options)
+    if as_json:
+        click.echo(json.dumps(found.to_dict()))
+    else:
+        Console(width=None if sys.stdout.isatty() else 140).print(estimator.render(found, layers))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
