@@ -33,7 +33,8 @@ COUNTS = {
              "bsr": ("madd", "stored", "input", "output", "visit", "call")},
 }  # fmt: skip
 """Operator -> format -> what is counted: multiply-adds of stored values (zeros of half-full blocks and lanes behind the last pixel too),
-the stored values themselves, elements of input, gathered (once for every column of the window) and of output, visits of a row of a tile by a block of columns, calls."""
+the stored values themselves, elements of input, gathered (once for every column of the window) and of output, visits of a row of a tile
+by a block of columns, calls."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -20,12 +20,15 @@ from typing import Any, Protocol, cast
 
 from onnx import ModelProto
 
+from ticketkit import tune as tuning
 from ticketkit.errors import ExportError, FormatError, ModelError, TicketError
 from ticketkit.exporters import _source
-from ticketkit.exporters._check import Comparison, compare
+from ticketkit.exporters._check import Comparison, compare, random_inputs
 from ticketkit.lower import Network, lower, operators
 from ticketkit.planner import Plan, plan
 from ticketkit.ticket import write_atomic
+
+SLOWEST = 0.97  # measured speedup below which a sparse model is not worth having
 
 __all__ = ["Comparison", "ExportReport", "Target", "examine", "export", "get", "names"]
 
@@ -48,6 +51,7 @@ class ExportReport:
         bytes: its size; dense_bytes: that of the network as plain ONNX.
         plan: how each layer was treated.
         comparisons: largest difference and tolerance for each engine; empty if the check was left out.
+        speedup: over dense onnxruntime, measured here on one thread while tuning; None without it.
     """
 
     path: str
@@ -56,6 +60,7 @@ class ExportReport:
     dense_bytes: int
     plan: Plan
     comparisons: tuple[Comparison, ...]
+    speedup: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values only."""
@@ -67,6 +72,7 @@ class ExportReport:
             f"{self.path}: {self.bytes:,} bytes, {self.dense_bytes / self.bytes:.2f}x smaller than dense",
             f"{kept}, whole model {self.plan.model_sparsity:.2%}, {left / max(dense, 1):.1%} of {dense / 1e9:.3g} GFLOP left",
             *([f"{len(self.plan.sparse)} of {len(self.plan.choices)} layers run sparse"] if self.format == "onnx" else []),
+            *([f"{self.speedup:.2f}x faster than dense onnxruntime here, one thread"] if self.speedup else []),
             *(f"max |difference| in {c.engine}: {c.difference:.3g} (tolerance {c.tolerance:.3g})" for c in self.comparisons),
         ]
         return "\n".join(lines)
@@ -92,6 +98,8 @@ def export(
     round: int | None = None,
     input_shape: Sequence[int] | None = None,
     check: bool = True,
+    tune: float = 0.0,
+    progress: Callable[[str], None] | None = None,
 ) -> ExportReport:
     """Write a pruned network as one file, checked against the original before it is kept.
 
@@ -102,27 +110,39 @@ def export(
         round: of a run directory; None: the last finished one.
         input_shape: of one image [C, H, W], or with batch; None: as the source states.
         check: compare with the original on random inputs (see `ticketkit.exporters._check`).
+        tune: seconds to search, on this machine, how each sparse convolution is best cut up (format onnx); the file is then measured
+            against dense onnxruntime too, and refused where it is slower. 0: no search, the file depends on the source alone.
+        progress: called with a word on what is being tuned.
 
     Raises:
-        ExportError: the path cannot be written, no layer gains (format onnx), or the result differs beyond the tolerance.
+        ExportError: the path cannot be written, no layer gains or the whole is slower (format onnx), or the result differs beyond the
+            tolerance.
         ModelError, FormatError, TicketError: the source is missing, damaged or unsupported.
     """
     target, path = get(format), Path(path)
     _require_writable(path, source)
     original = _source.load(source, round, input_shape)
     network = lower(original, input_shape)
-    chosen = plan(network)
+    chosen, tuned = plan(network), tune > 0 and format == "onnx"
+    if tuned:
+        chosen = tuning.tune(network, chosen, tune, progress)
     data = target.encode(network, chosen)
     try:
         exported = target.decode(data, network)
     except (FormatError, ModelError) as error:
         raise ExportError(f"the exported file does not read back: {error}; please report the model") from None
     comparisons = compare(original, exported, network) if check else ()
+    speedup = tuning.speedup(network.model.SerializeToString(), data, random_inputs(network, 0, 1)) if tuned else None
+    if speedup is not None and speedup < SLOWEST:
+        raise ExportError(
+            f"measured here the sparse model takes {1 / speedup:.2f} times as long as dense onnxruntime, so nothing was written:"
+            " prune more, export with --format onnx-dense, or with --no-tune for another machine"
+        )
     try:
         write_atomic(path, data)
     except TicketError as error:
         raise ExportError(str(error)) from None
-    return ExportReport(os.fspath(path), format, len(data), network.model.ByteSize(), chosen, comparisons)
+    return ExportReport(os.fspath(path), format, len(data), network.model.ByteSize(), chosen, comparisons, speedup)
 
 
 def examine(source: _source.Source, *, round: int | None = None, input_shape: Sequence[int] | None = None) -> Plan:

@@ -127,14 +127,14 @@ def rounding_bound(layer: Layer) -> float:
     return EPS * (k + 1) * float(np.abs(weight).max()) * 2
 
 
-def random_inputs(network: Network, seed: int = 0) -> dict[str, Array]:
-    """Standard normal floats, zeros and ones for other types, at the shapes of the network and batch 2 where it is free."""
+def random_inputs(network: Network, seed: int = 0, batch: int = BATCH) -> dict[str, Array]:
+    """Standard normal floats, zeros and ones for other types, at the shapes of the network and at least that batch where it is free."""
     rng = np.random.default_rng(seed)
     feeds: dict[str, Array] = {}
     for info in network.model.graph.input:
         declared, shape = dims(info), list(network.inputs.get(info.name, ()))
         if declared and not isinstance(declared[0], int):
-            shape[0] = max(shape[0], BATCH)
+            shape[0] = max(shape[0], batch)
         dtype = helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type)
         values = rng.standard_normal(shape) if np.dtype(dtype).kind == "f" else rng.integers(0, 2, shape)
         feeds[info.name] = values.astype(dtype)
