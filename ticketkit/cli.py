@@ -158,10 +158,14 @@ def doctor(as_json: bool) -> None:
 @click.option("--round", type=int, metavar="K", help="Round of a run directory.  [default: the last finished one]")
 @click.option("--input-shape", metavar="C,H,W", callback=_shape, help="Of one image, where SRC leaves it open.")
 @click.option("--no-check", is_flag=True, help="Do not compare with the original on random inputs.")
+@click.option("--tune", default=10.0, show_default=True, type=click.FloatRange(0, min_open=True), metavar="SECONDS",
+              help="At most so long, search how to cut up each sparse layer, then measure the whole against dense (format onnx).")
+@click.option("--no-tune", is_flag=True, help="Neither search nor measure: the file then depends on SRC alone.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report, with the plan of every layer, as JSON.")
 def export(
-    source: str, output: str, target: str, round: int | None, input_shape: list[int] | None, no_check: bool, as_json: bool
-) -> None:
+    source: str, output: str, target: str, round: int | None, input_shape: list[int] | None, no_check: bool, tune: float, no_tune: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Write SRC as one file, checked against the original.
 
     SRC is a run directory of `ticketkit find`, a ticket file with weights, or any pruned .onnx file (dense weights with
@@ -173,9 +177,15 @@ def export(
     onnx-dense  plain ONNX for any runtime, BatchNorm folded, pruned weights exactly zero
     csr         the weights alone: values, column indices and row pointers per layer, in safetensors
     """
+    from rich.console import Console
+
     from ticketkit.exporters import export as write
 
-    report = write(source, output, format=target, round=round, input_shape=input_shape, check=not no_check)
+    with Console(stderr=True).status("reading") as status:
+        report = write(
+            source, output, format=target, round=round, input_shape=input_shape, check=not no_check, tune=0.0 if no_tune else tune,
+            progress=lambda layer: status.update(f"tuning {layer}"),
+        )  # fmt: skip
     click.echo(json.dumps(report.to_dict()) if as_json else str(report))
 
 
