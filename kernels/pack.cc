@@ -13,7 +13,7 @@ constexpr int64_t kBlockBytes = 32 * 1024;         // strips of one block that a
 constexpr int64_t kGroupBytes = 96 * 1024;         // strips of one block filled at once: a part of L2
 constexpr int64_t kAccumulatorBytes = 192 * 1024;  // accumulators that wait between blocks: another part of L2
 constexpr int64_t kDepthwiseBytes = 24 * 1024;     // strips of one channel's tile: most of L1
-constexpr int64_t kGoodTile = 8;                   // vectors of a CSR tile: wider ones shorten the rows that fit L1, narrower ones waste
+constexpr int64_t kGoodTile = 10;                  // vectors of a CSR tile: wider ones shorten the rows that fit L1, narrower ones waste
 constexpr int64_t kGemmTile = 64;                  // rows of batch of a gemm's widest tile
 constexpr int64_t kMaxRowPointers = int64_t{1} << 28;  // over all blocks: 1 GiB
 constexpr int64_t kMaxStrips = 1 << 16;
@@ -21,6 +21,8 @@ constexpr int64_t kMaxStrips = 1 << 16;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t to) { return ceil_div(a, to) * to; }
 
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 
 int32_t i32(int64_t x) { return static_cast<int32_t>(x); }
@@ -47,23 +49,37 @@ tk_status check_shape(const tk_conv2d& s, const tk_csr& w) {
   return TK_OK;
 }
 
-// Kernel row i reads input row stride_h * oh + i * dilation_h - pad_top: phase (i * dilation_h) % stride_h, shifted by (i * dilation_h) /
-// stride_h output rows. The phases repeat with period stride_h / gcd(dilation_h, stride_h), so rows i and i + period share strips: longer
-// ones, by the rows between them. Where that is more than a strip for each row (long rows, wide dilation), every row has its own.
-struct RowPhases {
-  RowPhases(const tk_conv2d& shape, const Packed& p) : s(shape), period(s.stride_h / std::gcd(s.dilation_h, s.stride_h)) {
-    count = s.kernel_h < period ? s.kernel_h : period;
+// Tap i of one axis of a window reads input pixel stride * o + i * dilation - pad of output pixel o: phase (i * dilation) % stride, shifted
+// by (i * dilation) / stride output pixels. The phases repeat with period stride / gcd(dilation, stride), so taps i and i + period can
+// share strips: longer ones, by the pixels between them. Where that is more than a strip for each tap (long rows, wide dilation), every
+// tap has its own. `tile` and `pitch` are floats of a tile and from output pixel to output pixel.
+struct Phases {
+  Phases(int64_t kernel, int64_t stride_, int64_t dilation_, int64_t tile, int64_t pitch)
+      : taps(kernel), stride(stride_), dilation(dilation_), period(stride / std::gcd(dilation, stride)) {
+    count = smaller(taps, period);
     int64_t shared = 0;
-    for (int64_t k = 0; k < count; ++k) shared += p.tile_floats() + (shift(last_row(k)) - shift(k)) * p.pitch;
-    if (shared > s.kernel_h * p.tile_floats()) count = period = s.kernel_h;
+    for (int64_t k = 0; k < count; ++k) shared += tile + reach(k) * pitch;
+    if (shared > taps * tile) count = period = taps;
   }
-  int64_t phase(int64_t k) const { return k * s.dilation_h % s.stride_h; }
-  int64_t shift(int64_t i) const { return i * s.dilation_h / s.stride_h; }
-  int64_t last_row(int64_t k) const { return k + (s.kernel_h - 1 - k) / period * period; }
+  int64_t phase(int64_t k) const { return k * dilation % stride; }
+  int64_t shift(int64_t i) const { return i * dilation / stride; }
+  int64_t shift_in_strip(int64_t i) const { return shift(i) - shift(i % period); }
+  int64_t reach(int64_t k) const { return shift(k + (taps - 1 - k) / period * period) - shift(k); }  // of the last tap that shares with k
 
-  const tk_conv2d& s;
-  int64_t period, count;
+  int64_t taps, stride, dilation, period, count;
 };
+
+Phases row_phases(const Packed& p) {
+  const tk_conv2d& s = p.shape;
+  return Phases(s.kernel_h, s.stride_h, s.dilation_h, p.tile_floats(), p.pitch);
+}
+
+// A convolution over all channels (tile_w 0) has strips for every column, so that loads stay aligned; depthwise would spend its time
+// filling them.
+Phases column_phases(const Packed& p) {
+  const tk_conv2d& s = p.shape;
+  return Phases(s.kernel_w, s.stride_w, s.dilation_w, p.tile_w, 1);
+}
 
 // A header with what every kernel's has.
 Packed header(Kernel csr, Kernel bsr, tk_format format, int32_t isa, const tk_csr& w) {
@@ -83,19 +99,19 @@ Packed header(Kernel csr, Kernel bsr, tk_format format, int32_t isa, const tk_cs
 // Places the strips of one channel behind each other, kernel columns outside, row phases inside; writes them where `strips` is not null.
 tk_status plan_strips(Packed* p, Strip* strips) {
   const tk_conv2d& s = p->shape;
-  const RowPhases rows(s, *p);
-  if (rows.count > kMaxStrips / s.kernel_w) return TK_TOO_LARGE;
-  p->strip_count = i32(rows.count * s.kernel_w);
+  const Phases rows = row_phases(*p), columns = column_phases(*p);
+  if (rows.count > kMaxStrips / columns.count) return TK_TOO_LARGE;
+  p->strip_count = i32(rows.count * columns.count);
   int64_t at = 0;
   for (int64_t i = 0; i < p->strip_count; ++i) {
     const int64_t column = i / rows.count, k = i % rows.count;
-    const int64_t halo = round_up((rows.shift(rows.last_row(k)) - rows.shift(k)) * p->pitch, p->lanes);
+    const int64_t halo = round_up(rows.reach(k) * p->pitch, p->lanes), out_w = p->out_w + columns.reach(column);
     const int64_t length = p->group_tiles * p->tile_floats() + halo;
     if (length > kMaxBlockFloats - at) return TK_TOO_LARGE;
     if (strips) {
       const int64_t shift = column * s.dilation_w - s.pad_left;  // stride_w * ow + shift must be in [0, in_w)
-      const int64_t begin = clamp(shift >= 0 ? 0 : ceil_div(-shift, s.stride_w), 0, p->out_w);
-      const int64_t end = clamp(shift >= s.in_w ? 0 : ceil_div(s.in_w - shift, s.stride_w), begin, p->out_w);
+      const int64_t begin = clamp(shift >= 0 ? 0 : ceil_div(-shift, s.stride_w), 0, out_w);
+      const int64_t end = clamp(shift >= s.in_w ? 0 : ceil_div(s.in_w - shift, s.stride_w), begin, out_w);
       strips[i] = {i32(shift), i32(rows.phase(k)), i32(rows.shift(k)), i32(halo), i32(at), i32(begin), i32(end)};
     }
     at += length;
@@ -162,19 +178,35 @@ tk_status cut_blocks(const tk_tuning& tuning, Packed* p) {
   return TK_OK;
 }
 
-// Cuts one channel's pixels into tiles whose strips stay in L1.
+// Cuts the pixels of one channel into tiles of whole rows whose strips stay in L1; of parts of rows where a row would leave no offsets.
 tk_status plan_depthwise(Packed* p) {
-  if (p->out_h * p->out_w > INT32_MAX) return TK_TOO_LARGE;
-  p->pitch = round_up(p->out_w, p->lanes);
+  const tk_conv2d& s = p->shape;
+  if (s.in_h * s.in_w > INT32_MAX / 2 || p->out_h * p->out_w > INT32_MAX / 2) return TK_TOO_LARGE;
   p->blocks = p->block_channels = 1;
   p->row_groups = p->rows;
-  const int64_t vectors = p->out_h * p->pitch / p->lanes;
-  for (int64_t tiles = ceil_div(vectors * p->lanes, kMaxBlockFloats);; tiles += ceil_div(tiles, 8)) {
-    p->tile_vectors = i32(round_up(ceil_div(vectors, tiles), kDepthwiseVectors));
-    p->tiles = ceil_div(vectors, p->tile_vectors);
-    const tk_status status = plan_strips(p, nullptr);
-    if ((status == TK_OK && 4 * p->channel_floats <= kDepthwiseBytes) || p->tile_vectors == kDepthwiseVectors) return status;
+  p->tile_w = p->out_w;
+  int64_t tile_h = p->out_h;
+  for (;;) {
+    const Phases columns = column_phases(*p);
+    int64_t reach = 0;
+    for (int64_t k = 0; k < columns.count; ++k) reach = larger(reach, columns.reach(k));
+    p->pitch = round_up(p->tile_w + reach, p->lanes);
+    tk_status status = TK_TOO_LARGE;
+    if (tile_h * p->pitch <= kMaxBlockFloats) {
+      p->tile_vectors = i32(tile_h * p->pitch / p->lanes);
+      status = plan_strips(p, nullptr);
+    }
+    if (status == TK_OK && (4 * p->channel_floats <= kDepthwiseBytes || tile_h == 1)) break;
+    if (tile_h > 1) {  // as many rows less as even tiles need
+      tile_h = ceil_div(p->out_h, ceil_div(p->out_h, tile_h) + 1);
+    } else if (p->tile_w > p->lanes) {
+      p->tile_w = round_up(ceil_div(p->tile_w, 2), p->lanes);
+    } else {
+      return status;
+    }
   }
+  p->tiles = ceil_div(p->out_h, tile_h) * ceil_div(p->out_w, p->tile_w);
+  return TK_OK;
 }
 
 // Fills the header, all but the places of the arrays. Sizes depend on shape, nnz, ISA and tuning only.
@@ -409,11 +441,11 @@ tk_status tk_conv2d_pack(const tk_conv2d* shape, const tk_csr* w, tk_format form
   plan_strips(&p, strips);
 
   const int64_t taps = s.kernel_h * s.kernel_w;
-  const RowPhases rows(s, p);
+  const Phases rows = row_phases(p), columns = column_phases(p);
   write_entries(*w, taps, p, packed, [&](int64_t column) {
     const int64_t i = column % taps / s.kernel_w, j = column % s.kernel_w;
-    const int64_t row_shift = rows.shift(i) - rows.shift(i % rows.period);
-    return column / taps * p.channel_floats + strips[j * rows.count + i % rows.period].offset + row_shift * p.pitch;
+    const Strip& strip = strips[j % columns.period * rows.count + i % rows.period];
+    return column / taps * p.channel_floats + strip.offset + rows.shift_in_strip(i) * p.pitch + columns.shift_in_strip(j);
   });
   return TK_OK;
 }

@@ -11,7 +11,8 @@ constexpr int kMaxTileVectors = 14;              // accumulators of one CSR tile
 constexpr int64_t kBlockRows = 4;                // output rows of a BSR block
 // Vectors of a BSR tile: kBlockRows accumulators for each, the vector itself, and one weight.
 constexpr int max_block_vectors(int registers) { return (registers - 1) / static_cast<int>(kBlockRows + 1); }
-constexpr int kDepthwiseVectors = 4;          // accumulators beside which a depthwise 3x3 window's weights stay in registers
+constexpr int kDepthwiseWeights = 9;          // of a depthwise channel kept in registers: a 3x3 window
+constexpr int kDepthwiseVectors = 4;          // accumulators beside them
 constexpr int kStripMasks = 4;                // which lanes of a vector are inside the image: none, all, those of a row's ends
 constexpr int64_t kMaxBlockFloats = 1 << 16;  // input of one block: entries hold 16-bit offsets
 constexpr int64_t kGemmColumns = 64;          // columns between two row pointers of a gemm
@@ -24,7 +25,7 @@ enum Kernel : int32_t {
   kKernelCount
 };
 
-// A strip is one channel's pixels as one kernel column and one row phase (RowPhases in pack.cc) see them, flattened over a group of tiles:
+// A strip is one channel's pixels as one kernel column and one row phase (Phases in pack.cc) see them, flattened over a group of tiles:
 // strip[i] = x[stride_h*(oh + row_min) + phase - pad_top, stride_w*ow + column*dilation_w - pad_left] with (oh, ow) the i-th pixel after
 // the group's first, zero outside the image. Every tap of that column and phase is then a constant offset into the strip.
 struct Strip {
@@ -50,6 +51,7 @@ struct Packed {
   int64_t row_groups;      // groups of kGroupRows output rows, for depthwise single rows: the finest part
   int64_t blocks;          // blocks of input channels (conv2d) or columns (gemm)
   int64_t block_channels;  // of every block but the last
+  int64_t tile_w;          // columns of output in one tile, tile_floats() / pitch rows of them (depthwise, else 0)
   int64_t channel_floats;  // floats of one channel's strips (convolutions)
   int64_t x_floats;        // floats of x that are transposed at once (gemm)
   int32_t strip_count;
@@ -70,11 +72,10 @@ struct Packed {
   const uint32_t* row_ptr(int64_t block) const { return at<uint32_t>(row_ptr_at) + block * (units() + 1); }
   const float* values() const { return at<float>(values_at); }
   const uint16_t* offsets() const { return at<uint16_t>(offsets_at); }
-  // Floats behind the strips of a depthwise tile: kStripMasks masks for each strip; from and mask of its vectors; place and count of each
-  // vector of output.
+  // Floats behind the strips of a depthwise tile: kStripMasks masks for each strip; where its vectors are read; where those of output go.
   int64_t masks_floats() const { return int64_t{strip_count} * kStripMasks * lanes; }
   int64_t reads_floats() const { return (channel_floats / lanes * 2 + 15) / 16 * 16; }
-  int64_t lists_floats() const { return masks_floats() + reads_floats() + int64_t{tile_vectors} * 2; }
+  int64_t lists_floats() const { return masks_floats() + reads_floats() + int64_t{tile_vectors + kDepthwiseVectors} * 3; }
   int64_t block_begin(int64_t block) const { return block * block_channels; }
   // Rows of batch in one tile of a gemm: whole vectors, shared out evenly.
   int64_t batch_tile(int64_t batch) const {

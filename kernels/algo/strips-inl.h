@@ -96,13 +96,15 @@ class VectorCopies {
     return (p.pitch % Vec::kLanes == 0 || contiguous(p)) && s.stride_w <= 2 && s.in_h * s.in_w < kMaxPlane;
   }
 
-  VectorCopies(const Packed& p, const Strip& strip, int64_t first, int64_t length)
+  // As in Segments; rows begin at column `begin`, for whole vectors.
+  VectorCopies(const Packed& p, const Strip& strip, int64_t first, int64_t length, int64_t begin = 0)
       : p_(p),
         strip_(strip),
         contiguous_(contiguous(p)),
         row_(first / p.pitch + strip.row_min),
-        column_(contiguous_ ? first : first % p.pitch),
-        left_(length) {
+        column_(contiguous_ ? first : begin + first % p.pitch),
+        left_(length),
+        begin_(begin) {
     const int64_t head = strip.inside_begin / Vec::kLanes * Vec::kLanes;
     masks[kNone] = Vec::mask(0, 0);
     masks[kAll] = Vec::mask(0, Vec::kLanes);
@@ -115,8 +117,8 @@ class VectorCopies {
     int n = 0;
     low = high = 0;
     for (; n < most && left_ > 0; ++n, left_ -= Vec::kLanes, column_ += Vec::kLanes) {
-      if (!contiguous_ && column_ == p_.pitch) {
-        column_ = 0;
+      if (!contiguous_ && column_ == begin_ + p_.pitch) {
+        column_ = begin_;
         ++row_;
       }
       vectors[n] = contiguous_ ? VectorCopy{static_cast<int32_t>(column_), kAll} : of_row();
@@ -151,6 +153,7 @@ class VectorCopies {
   const Strip& strip_;
   const bool contiguous_;
   int64_t row_, column_, left_;
+  const int64_t begin_;
 };
 
 template <int Stride>
@@ -161,11 +164,11 @@ static inline void copy_vectors(const float* plane, const VectorCopy* vectors, i
   }
 }
 
-// The same, lane by lane where whole vectors would reach outside: for the first and last planes of x.
+// The same, lane by lane where whole vectors would reach outside, in the first and last planes of x; for any stride.
 static void copy_lanes(const Fill& f, int64_t stride, const float* plane, const VectorCopy* vectors, int n, const Vec* masks, float* to) {
   for (int k = 0; k < n; ++k, to += Vec::kLanes) {
     const int64_t at = plane + vectors[k].from - f.x, count = f.limit - f.x;
-    if (at >= 0 && at + stride * Vec::kLanes <= count) {
+    if (stride <= 2 && at >= 0 && at + stride * Vec::kLanes <= count) {
       stride == 1 ? copy_vectors<1>(plane, vectors + k, 1, masks, to) : copy_vectors<2>(plane, vectors + k, 1, masks, to);
       continue;
     }
@@ -175,10 +178,10 @@ static void copy_lanes(const Fill& f, int64_t stride, const float* plane, const 
   }
 }
 
-// Vectors of a strip of one plane; [low, high) is the range of it that they read.
+// Vectors of one plane; [low, high) is the range of it that they read.
 static inline void copy_plane(const Fill& f, int64_t stride, const float* plane, const VectorCopy* vectors, int n, const Vec* masks,
                               int64_t low, int64_t high, float* to) {
-  if (plane - f.x < -low || f.limit - plane < high) {
+  if (stride > 2 || plane - f.x < -low || f.limit - plane < high) {
     copy_lanes(f, stride, plane, vectors, n, masks, to);
   } else if (stride == 1) {
     copy_vectors<1>(plane, vectors, n, masks, to);
