@@ -13,6 +13,7 @@ import argparse
 import json
 import tempfile
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torchvision.models import get_model
 
-from ticketkit import cost
+from ticketkit import cost, formats
 from ticketkit.bench import machine
 from ticketkit.capture import capture
 from ticketkit.lower import lower
@@ -32,6 +33,10 @@ from ticketkit.runtime import native
 
 NETWORKS = ("resnet50", "mobilenet_v2", "efficientnet_b0", "vit_b_16")
 RUNS = 12
+DEPTHWISE = (  # channels, size, kernel, stride: those of MobileNetV2, and the wider windows of EfficientNet-B0
+    (32, 112, 3, 1), (96, 112, 3, 2), (144, 56, 3, 1), (144, 56, 3, 2), (192, 28, 3, 1), (192, 28, 3, 2), (384, 14, 3, 1), (576, 14, 3, 1),
+    (576, 14, 3, 2), (960, 7, 3, 1), (144, 56, 5, 2), (240, 28, 5, 1), (480, 14, 5, 1), (672, 14, 5, 1), (672, 14, 5, 2), (1152, 7, 5, 1),
+)  # fmt: skip
 Sample: TypeAlias = tuple[cost.Size, str, int, float]  # size, format, stored values, µs at unit speed
 
 
@@ -41,6 +46,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=cost.TABLE, help="default %(default)s")
     chosen = parser.parse_args()
     samples, speed = sparse_samples(chosen.rows)
+    samples += depthwise_samples(speed)
     reorders: list[tuple[float, float]] = []
     for network in NETWORKS:
         samples += dense_samples(network, speed, reorders)
@@ -93,6 +99,25 @@ def call_overhead_us() -> float:
     return float(np.median(layers.worker.turn(run, 0.2, settle=10, least=100)["ms"])) * 1e3
 
 
+def depthwise_samples(speed: float) -> list[Sample]:
+    """Depthwise layers without zeros in the kernel of ours."""
+    isa, overhead, samples = native.active_isa().name, call_overhead_us(), []
+    for channels, side, kernel, stride in DEPTHWISE:
+        pad = kernel // 2
+        shape = native.ConvShape(channels, side, side, channels, kernel, kernel, stride, stride, pad, pad, pad, pad, groups=channels)
+        weight, bias = np.ones((channels, 1, kernel, kernel), np.float32), np.ones(channels, np.float32)
+        layer = native.conv2d(shape, formats.get("csr").pack(weight), isa=isa)
+        x, y = layers.buffer((1, *layer.in_shape)), layers.buffer((1, *layer.out_shape))
+        run = partial(layer.run, x, bias, minimum=0.0, out=y, workspace=native.aligned(layer.workspace_bytes))
+        (probe, flops), turns = layers.l1_limit(isa), []
+        for _ in range(RUNS):
+            rate = flops / float(np.median(layers.worker.turn(probe, 0.02, settle=2, least=3)["ms"])) / 1e6
+            ms = float(np.median(layers.worker.turn(lambda: [run()], 0.02, settle=2, least=3)["ms"]))  # noqa: B023
+            turns.append((ms * 1e3 - overhead) * rate / speed)
+        samples.append((cost.Size("Depthwise", weight.shape, x.shape, y.shape), "csr", weight.size, float(np.median(turns))))
+    return samples
+
+
 def dense_samples(name: str, speed: float, reorders: list[tuple[float, float]]) -> list[Sample]:
     """The convolutions and products of a network with dense weights, from onnxruntime's profile; adds (elements, µs) of its reorders."""
     model = lower(capture(get_model(name), (3, 224, 224))).model
@@ -124,7 +149,8 @@ def dense_samples(name: str, speed: float, reorders: list[tuple[float, float]]) 
         if op.startswith("Reorder"):
             reorders.append((float(np.prod(outputs[0])), us))
         elif op in ("Conv", "FusedConv"):
-            samples.append((cost.Size("Conv", inputs[1], inputs[0], outputs[0]), cost.DENSE, int(np.prod(inputs[1])), us))
+            operator = "Depthwise" if 1 < inputs[1][0] == inputs[0][1] and inputs[1][1] == 1 else "Conv"
+            samples.append((cost.Size(operator, inputs[1], inputs[0], outputs[0]), cost.DENSE, int(np.prod(inputs[1])), us))
         elif op in ("Gemm", "MatMul", "FusedGemm", "FusedMatMul") and all(len(shape) < 3 for shape in inputs[1:]):  # not two activations
             weight = outputs[0][-1], inputs[0][-1]  # onnxruntime has taken the weight itself out of the inputs
             samples.append((cost.Size("Gemm", weight, inputs[0], outputs[0]), cost.DENSE, weight[0] * weight[1], us))

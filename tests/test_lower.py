@@ -102,7 +102,7 @@ def test_cleaning_is_reproducible() -> None:
 # Finding layers ---------------------------------------------------------------------------------------------------------------
 
 OBSTACLES = [
-    (node("Conv", "x w", "y", group=8), {"w": pruned((8, 1, 3, 3), 0.5)}, X, "depthwise"),
+    (node("Conv", "x w", "y", group=8), {"w": pruned((16, 1, 3, 3), 0.5)}, X, "grouped convolution"),
     (node("Conv", "x w", "y", group=2), {"w": pruned((8, 4, 3, 3), 0.5)}, X, "grouped convolution"),
     (node("Conv", "x w", "y"), {"w": pruned((4, 8, 3), 0.5)}, {"x": ["N", 8, 10]}, "1-D convolution"),
     (node("Conv", "x w", "y"), {"w": pruned((4, 8, 3, 3, 3), 0.5)}, {"x": ["N", 8, 5, 5, 5]}, "3-D convolution"),

@@ -29,6 +29,7 @@ TABLE = Path(__file__).with_name("cost.json")
 COUNTS = {
     "Conv": {DENSE: ("madd", "input", "output", "call"), "csr": ("madd", "gather", "output", "visit", "call"),
              "bsr": ("madd", "gather", "output", "visit", "call")},
+    "Depthwise": {DENSE: ("madd", "input", "output", "call"), "csr": ("madd", "input", "output", "call")},
     "Gemm": {DENSE: ("madd", "stored", "input", "output", "call"), "csr": ("madd", "stored", "input", "output", "visit", "call"),
              "bsr": ("madd", "stored", "input", "output", "visit", "call")},
 }  # fmt: skip
@@ -68,12 +69,14 @@ def stored(layer: Layer, format: str) -> int:
 
 def counts(size: Size, format: str, values: int) -> dict[str, float]:
     """What running a layer of this size with so many stored values takes, by the names of `COUNTS`."""
-    conv = size.operator == "Conv"
+    conv = size.operator != "Gemm"
     images, rows = (size.x[0] if conv else 1), size.weight[0]
     pixels = prod(size.y[2:]) if conv else prod(size.y[:-1])
     found = {"stored": float(values), "input": float(prod(size.x)), "output": float(prod(size.y)), "call": 1.0}
     if format == DENSE:
         return {"madd": float(values * images * pixels), **found}
+    if size.operator == "Depthwise":  # lanes behind the end of each row, one weight for one channel
+        return {"madd": float(values * images * size.y[2] * 8 * ceil(size.y[3] / 8)), **found}
     columns = size.weight[1] * (size.weight[3] if conv else 1)
     tiles, lanes = images * ceil(pixels / TILE[format]), images * 8 * ceil(pixels / 8)
     units = ceil(rows / BLOCK[0]) if format == "bsr" else rows
@@ -122,4 +125,6 @@ def fit(rows: list[dict[str, float]], times_us: list[float], names: tuple[str, .
 
 
 def _operator(layer: Layer) -> str:
-    return "Gemm" if layer.op in ("Gemm", "MatMul") else "Conv"
+    if layer.op in ("Gemm", "MatMul"):
+        return "Gemm"
+    return "Depthwise" if layer.depthwise else "Conv"

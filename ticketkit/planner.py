@@ -167,37 +167,50 @@ def plan(network: Network, keep: Mapping[str, Execution] | None = None) -> Plan:
 
 def _predictions(layer: Layer) -> dict[str, float]:
     """Format -> predicted µs, of the formats open to a layer; empty if its size is unknown."""
-    candidates = [DENSE] if layer.obstacle or layer.nnz == layer.weight.size else cost.formats_for(layer)
+    open_to_it = not layer.obstacle and (layer.depthwise or layer.nnz < layer.weight.size)
+    candidates = cost.formats_for(layer) if open_to_it else [DENSE]
     times = {format: cost.predict_us(layer, format) for format in candidates}
     return {format: time for format, time in times.items() if time is not None}
 
 
 def _assign(network: Network, predicted: list[dict[str, float]]) -> tuple[list[str], list[str]]:
-    """Format and reason for each layer: the best of each alone, then changes one by one while the whole gets faster."""
+    """Format and reason for each layer: the best of each alone, or nothing dense, then changes one by one while the whole gets faster.
+
+    A depthwise layer without zeros may be taken out of onnxruntime too, where its neighbours are: it gains nothing by itself.
+    """
     edges = _edges(network)
 
     def total(formats: list[str]) -> float:
         layers = sum(times.get(format, 0.0) for times, format in zip(predicted, formats, strict=True))
         return layers + sum(us for a, b, us in edges if (formats[a] == DENSE) != (formats[b] == DENSE))
 
-    alone = [min(times, key=lambda format: times[format]) if times else DENSE for times in predicted]
-    chosen, best = list(alone), total(alone)
-    changed = True
-    while changed:
-        changed = False
-        for at, times in enumerate(predicted):
-            for format in times:
-                changed_one = [*chosen[:at], format, *chosen[at + 1 :]]
-                if (time := total(changed_one)) < best:
-                    chosen, best, changed = changed_one, time, True
+    def improved(chosen: list[str]) -> list[str]:
+        best, changed = total(chosen), True
+        while changed:
+            changed = False
+            for at, times in enumerate(predicted):
+                for format in times:
+                    changed_one = [*chosen[:at], format, *chosen[at + 1 :]]
+                    if (time := total(changed_one)) < best:
+                        chosen, best, changed = changed_one, time, True
+        return chosen
+
+    alone = [_fastest(times) for times in predicted]
+    not_dense = [_fastest({format: us for format, us in times.items() if format != DENSE} or times) for times in predicted]
+    chosen = min((improved(start) for start in (alone, not_dense)), key=total)
     dense = [DENSE] * len(chosen)
-    if best > WORTH * total(dense):
+    pays = any(format != DENSE and not layer.depthwise for format, layer in zip(chosen, network.layers, strict=True))
+    if not pays or total(chosen) > WORTH * total(dense):
         why = "the whole model would hardly gain"
         return dense, [_dense_reason(layer, times, why) for layer, times in zip(network.layers, predicted, strict=True)]
     return chosen, [
-        _dense_reason(layer, times, "dense neighbours") if format == DENSE else _comparison(times, format)
+        _dense_reason(layer, times, "dense neighbours") if format == DENSE else _sparse_reason(times, format)
         for layer, times, format in zip(network.layers, predicted, chosen, strict=True)
     ]
+
+
+def _fastest(times: Mapping[str, float]) -> str:
+    return min(times, key=lambda format: times[format]) if times else DENSE
 
 
 def _edges(network: Network) -> list[tuple[int, int, float]]:
@@ -223,13 +236,17 @@ def _edges(network: Network) -> list[tuple[int, int, float]]:
 
 
 def _dense_reason(layer: Layer, times: Mapping[str, float], otherwise: str) -> str:
-    if layer.nnz == layer.weight.size:
+    if layer.nnz == layer.weight.size and not layer.depthwise:
         return "no zeros"
     if layer.obstacle:
         return f"{layer.obstacle}: dense only"
     if not times:
         return "its output size is unknown; give the input shape"
     return _comparison(times, DENSE) if times[DENSE] == min(times.values()) else f"{_comparison(times, DENSE)}, but {otherwise}"
+
+
+def _sparse_reason(times: Mapping[str, float], format: str) -> str:
+    return _comparison(times, format) + (", but sparse neighbours" if times[format] > times[DENSE] else "")
 
 
 def _comparison(times: Mapping[str, float], format: str) -> str:
@@ -240,7 +257,8 @@ def _comparison(times: Mapping[str, float], format: str) -> str:
 def _kernel(layer: Layer, format_name: str) -> str:
     if format_name == DENSE:
         return "onnxruntime"
-    return f"{'conv2d' if layer.op == 'Conv' else 'gemm'}_{format_name}_f32"
+    operation = "depthwise" if layer.depthwise else "conv2d" if layer.op == "Conv" else "gemm"
+    return f"{operation}_{format_name}_f32"
 
 
 def _flops(layer: Layer, weights: int) -> int | None:

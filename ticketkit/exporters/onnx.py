@@ -89,7 +89,7 @@ def _sparse_node(fused: Fused, execution: operators.Execution, constants: _Const
     inputs = [layer.x, *(constants.add(f"{layer.name}.{part}", array) for part, array in parts.items())]
     op = operators.CONV if layer.op == "Conv" else operators.GEMM
     return operators.make_node(
-        op, inputs, fused.output, layer.name, layer.weight.shape, layer.window, fused.epilogue, execution
+        op, inputs, fused.output, layer.name, layer.weight.shape, layer.window, fused.epilogue, execution, layer.group
     )
 
 

@@ -47,6 +47,11 @@ class Layer:
     obstacle: str
 
     @property
+    def depthwise(self) -> bool:
+        """Whether each output channel of a convolution reads one input channel, its own."""
+        return self.op == "Conv" and 1 < self.group == self.weight.shape[0] and self.weight.shape[1] == 1
+
+    @property
     def nnz(self) -> int:
         """Number of weights that are not zero."""
         return int(np.count_nonzero(self.weight))
@@ -104,8 +109,7 @@ def _conv(node: NodeProto, attributes: dict[str, Any], weight: Array, graph: Gra
     obstacles = {
         "transposed convolution": node.op_type == "ConvTranspose",
         f"{spatial}-D convolution": spatial != 2,
-        "depthwise convolution": group == channels and group > 1,
-        f"grouped convolution ({group} groups)": group > 1,
+        f"grouped convolution ({group} groups)": group > 1 and weight.shape[:2] != (group, 1),
         f"weights of type {weight.dtype}": weight.dtype != np.float32,
         "bias computed at run time": bias is None,
         "padding depends on an unknown input size": not window,

@@ -4,8 +4,8 @@
     SparseGemm(X [N,K],     values [n], gaps u16 [n], B [M])                 -> Y [N,M]       = act(X Wᵀ + B)
 
 Everything else is float32. Attributes: ``weight_shape`` [M,C,kh,kw] or [M,K], ``numel`` [its product], ``activation`` "None", "Relu" or
-"Clip" (then ``min`` and ``max``), and for SparseConv ``strides`` [2], ``pads`` [top, left, bottom, right], ``dilations`` [2]; the group is
-always 1. W is gap-coded (`ticketkit.formats.gaps`). How a library should run it is said by ``format`` "csr" (default) or "bsr", the form
+"Clip" (then ``min`` and ``max``), and for SparseConv ``strides`` [2], ``pads`` [top, left, bottom, right], ``dilations`` [2], ``group`` 1
+(also where absent, as in older files) or C for a depthwise W [C,1,kh,kw]. W is gap-coded (`ticketkit.formats.gaps`). How a library should run it is said by ``format`` "csr" (default) or "bsr", the form
 the weight is packed in, and for SparseConv ``tuning`` [6]: how it is cut up on vectors of so many lanes and images of such height and
 width (tile_vectors, block_channels, group_tiles of kernels/ticketkit.h); zeros leave it to the library, other lanes and images too.
 
@@ -77,11 +77,12 @@ class Epilogue:
 
 @dataclass(frozen=True)
 class Sparse:
-    """A decoded node: the shape and gap-coded arrays of its weight, window attributes (none for SparseGemm), epilogue and execution."""
+    """A decoded node: the shape and gap-coded arrays of its weight, window attributes (none for SparseGemm), group, epilogue, execution."""
 
     shape: tuple[int, ...]
     parts: dict[str, Array]
     window: dict[str, list[int]]
+    group: int
     epilogue: Epilogue
     execution: Execution
 
@@ -99,14 +100,15 @@ def make_node(
     window: dict[str, list[int]],
     epilogue: Epilogue,
     execution: Execution,
+    group: int = 1,
 ) -> NodeProto:
     """A node of this domain, `op` being SparseConv or SparseGemm; inputs are X, values, gaps, B, to which the residual is appended."""
     clip = {"min": epilogue.low, "max": epilogue.high} if epilogue.activation == "Clip" else {}
-    tuning = {"tuning": list(execution.tuning)} if op == CONV else {}
+    conv = {"tuning": list(execution.tuning), "group": group} if op == CONV else {}
     operands = [*inputs, epilogue.residual] if epilogue.residual else list(inputs)
     return helper.make_node(
         op + epilogue.suffix, operands, [output], name=name, domain=DOMAIN, weight_shape=list(shape), numel=[prod(shape)],
-        activation=epilogue.activation, format=execution.format, **tuning, **window, **clip,
+        activation=epilogue.activation, format=execution.format, **conv, **window, **clip,
     )  # fmt: skip
 
 
@@ -128,7 +130,8 @@ def function(name: str, opset: int) -> FunctionProto:
     if op == CONV:
         product = helper.make_node("Conv", ["X", "W", "B"], ["product"])
         product.attribute.extend(_reference(key, key, AttributeProto.INTS) for key in WINDOW)
-        attributes += ["tuning", *WINDOW]
+        product.attribute.append(_reference("group", "group", AttributeProto.INT))
+        attributes += ["tuning", *WINDOW, "group"]
     else:
         product = helper.make_node("Gemm", ["X", "W", "B"], ["product"], transB=1)
     nodes.append(product)
@@ -205,10 +208,13 @@ def _decode(node: NodeProto, constants: dict[str, onnx.TensorProto]) -> Sparse:
         raise FormatError(f"B: expected float32 [{shape[0]}], got {bias.dtype} {list(bias.shape)}")
     finite("B", bias)
     window = {key: _ints(attributes, key, 4 if key == "pads" else 2, key != "pads") for key in WINDOW} if op == CONV else {}
+    group = attributes.get("group", 1)
+    if group != 1 and (op != CONV or [group, 1] != list(shape[:2])):
+        raise FormatError(f"group: expected 1, or {shape[0]} for weight [{shape[0]}, 1, kh, kw], got {group} for weight {list(shape)}")
     epilogue = _epilogue(attributes, node.input[4] if len(node.input) == 5 else "")
     if node.op_type != op + epilogue.suffix:
         raise FormatError(f"operator {node.op_type}: inputs and attributes are those of {op + epilogue.suffix}")
-    return Sparse(shape, parts, window, epilogue, _execution(attributes))
+    return Sparse(shape, parts, window, group, epilogue, _execution(attributes))
 
 
 def _execution(attributes: dict[str, Any]) -> Execution:
@@ -242,7 +248,7 @@ def _ints(attributes: dict[str, Any], key: str, count: int, least: int) -> list[
 def _expanded(node: NodeProto, sparse: Sparse, model: ModelProto) -> list[NodeProto]:
     """The standard nodes one node stands for; its dense weight becomes an initializer of the model."""
     base = node.name or node.output[0]
-    op, options = ("Conv", sparse.window) if sparse.window else ("Gemm", {"transB": 1})
+    op, options = ("Conv", {**sparse.window, "group": sparse.group}) if sparse.window else ("Gemm", {"transB": 1})
     chain: list[tuple[str, list[str], dict[str, Any]]] = [(op, [node.input[0], f"{base}.weight", node.input[3]], options)]
     constants = {f"{base}.weight": sparse.weight()}
     epilogue = sparse.epilogue
