@@ -197,8 +197,10 @@ tk_status plan_depthwise(Packed* p) {
       status = plan_strips(p, nullptr);
     }
     if (status == TK_OK && (4 * p->channel_floats <= kDepthwiseBytes || tile_h == 1)) break;
-    if (tile_h > 1) {  // as many rows less as even tiles need
-      tile_h = ceil_div(p->out_h, ceil_div(p->out_h, tile_h) + 1);
+    if (tile_h > 1) {  // the next lower height of even tiles
+      int64_t tiles = ceil_div(p->out_h, tile_h);
+      while (ceil_div(p->out_h, tiles) >= tile_h) ++tiles;
+      tile_h = ceil_div(p->out_h, tiles);
     } else if (p->tile_w > p->lanes) {
       p->tile_w = round_up(ceil_div(p->tile_w, 2), p->lanes);
     } else {

@@ -28,11 +28,11 @@ const T* take(int64_t count) {
 void* aligned(size_t bytes) { return std::aligned_alloc(TK_ALIGNMENT, (bytes + TK_ALIGNMENT - 1) / TK_ALIGNMENT * TK_ALIGNMENT); }
 
 struct Case {
-  const int64_t* head = take<int64_t>(19);
+  const int64_t* head = take<int64_t>(20);
   const float* limits = take<float>(3);
-  bool conv = head[0] == 0;
-  int64_t rows = conv ? head[5] : head[2], nnz = head[16], y_count = head[18];
-  const float* x = take<float>(head[17]);
+  bool conv = head[0] != 1, depthwise = head[0] == 2;
+  int64_t rows = conv ? head[5] : head[2], nnz = head[17], y_count = head[19];
+  const float* x = take<float>(head[18]);
   const float* values = take<float>(nnz);
   const float* bias = take<float>(rows);
   const float* residual = take<float>(y_count);
@@ -46,8 +46,8 @@ struct Case {
     int64_t cols = head[3];
     if (conv) {
       int64_t* const fields = &shape.in_channels;
-      for (int i = 0; i < 14; ++i) fields[i] = head[2 + i];
-      cols = shape.in_channels * shape.kernel_h * shape.kernel_w;
+      for (int i = 0; i < 15; ++i) fields[i] = head[2 + i];
+      cols = (depthwise ? 1 : shape.in_channels) * shape.kernel_h * shape.kernel_w;
     }
     const tk_csr weight = {rows, cols, nnz, values, col_indices, row_ptr};
     size_t bytes = 0;
@@ -92,6 +92,7 @@ int main(int argc, char** argv) {
       if (!tk_isa_usable(isa)) continue;
       ++usable;
       for (const tk_format format : {TK_CSR, TK_BSR}) {
+        if (c.depthwise && format == TK_BSR) continue;
         const float worst = c.run(isa, format);
         if (!(worst <= c.limits[0])) {
           std::printf("case %d on %s, format %d: difference %g, tolerance %g\n", cases, tk_isa_name(isa), format, worst, c.limits[0]);

@@ -1,7 +1,8 @@
 """Writes kernel cases, each with the oracle's answer, for replay.cc: so kernels are checked on processors where Python does not run.
 
-One case: int64 [19] (kind 0 conv2d / 1 gemm, batch, the 14 numbers of tk_conv2d or rows and cols, nnz, x count, y count), float32
-tolerance, min, max, then x, values, bias, residual, expected (float32), col_indices (int32), row_ptr (int64), padded to 8 bytes each.
+One case: int64 [20] (kind 0 conv2d / 1 gemm / 2 depthwise, batch, the 15 numbers of tk_conv2d or rows and cols, nnz, x count, y count),
+float32 tolerance, min, max, then x, values, bias, residual, expected (float32), col_indices (int32), row_ptr (int64), padded to 8 bytes
+each.
 """
 
 from __future__ import annotations
@@ -18,28 +19,29 @@ from ticketkit.runtime.native import ConvShape
 
 
 def cases(count: int) -> list[list[np.ndarray]]:
-    """`count` random convolutions and half as many fully connected layers."""
+    """`count` random convolutions, half as many fully connected layers, and as many depthwise convolutions as these."""
     rng = np.random.default_rng(0)
-    return [_conv(rng) for _ in range(count)] + [_gemm(rng) for _ in range(count // 2)]
+    return [_conv(rng) for _ in range(count)] + [_gemm(rng) for _ in range(count // 2)] + [_conv(rng, True) for _ in range(count // 2)]
 
 
-def _conv(rng: np.random.Generator) -> list[np.ndarray]:
+def _conv(rng: np.random.Generator, depthwise: bool = False) -> list[np.ndarray]:
     def draw(low: int, high: int, n: int) -> list[int]:
         return [int(v) for v in rng.integers(low, high + 1, n)]
 
     (c,), (m,), kernel, stride = draw(1, 20, 1), draw(1, 40, 1), draw(1, 5, 2), draw(1, 3, 2)
     pads, dilation = draw(0, 3, 4), draw(1, 2, 2)
     size = [max(1, dilation[i] * (kernel[i] - 1) + 1 - pads[i] - pads[i + 2]) + draw(0, 30, 1)[0] for i in (0, 1)]
-    shape = ConvShape(c, *size, m, *kernel, *stride, *pads, *dilation)
-    weight = _sparse(rng, m, c, *kernel)
+    m, groups = (c, c) if depthwise else (m, 1)
+    shape = ConvShape(c, *size, m, *kernel, *stride, *pads, *dilation, groups)
+    weight = _sparse(rng, m, c // groups, *kernel)
     (batch,) = draw(1, 3, 1)
     x = rng.standard_normal((batch, c, *size)).astype(np.float32)
     residual = rng.standard_normal((batch, m, shape.out_h, shape.out_w)).astype(np.float32)
     bias = rng.standard_normal(m).astype(np.float32)
     y = oracle.conv2d(
-        x, weight, bias, residual, clip=(0.0, 3.0), strides=tuple(stride), pads=tuple(pads), dilations=tuple(dilation)
+        x, weight, bias, residual, clip=(0.0, 3.0), strides=tuple(stride), pads=tuple(pads), dilations=tuple(dilation), groups=groups
     )
-    return _case([0, batch, *astuple(shape)], weight, x, bias, residual, y)
+    return _case([2 if depthwise else 0, batch, *astuple(shape)], weight, x, bias, residual, y)
 
 
 def _gemm(rng: np.random.Generator) -> list[np.ndarray]:
@@ -47,7 +49,7 @@ def _gemm(rng: np.random.Generator) -> list[np.ndarray]:
     weight, x = _sparse(rng, m, k), rng.standard_normal((batch, k)).astype(np.float32)
     bias, residual = rng.standard_normal(m).astype(np.float32), rng.standard_normal((batch, m)).astype(np.float32)
     y = oracle.gemm(x, weight, bias, residual, clip=(0.0, 3.0))
-    return _case([1, batch, m, k, *[0] * 12], weight, x, bias, residual, y)
+    return _case([1, batch, m, k, *[0] * 13], weight, x, bias, residual, y)
 
 
 def _sparse(rng: np.random.Generator, *shape: int) -> np.ndarray:

@@ -162,8 +162,9 @@ def test_the_script_of_the_benchmarks_folder(tmp_path, monkeypatch, engine):
     file = Path(__file__).resolve().parents[1] / "benchmarks" / "models.py"
     spec = spec_from_file_location("benchmark_models", file)
     script = module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, script)
     spec.loader.exec_module(script)
-    monkeypatch.setattr(script, "resnet50", lambda sparsity, image: conv_net(sparsity["layer1.0.conv1"]))
+    monkeypatch.setattr(script, "network", lambda name, sparsity, *rest, **more: conv_net(sparsity["layer1.0.conv1"]))
     places = ["--files", str(tmp_path), "--results", str(tmp_path / "results" / "rows.jsonl")]
     quick = ["--rounds", "1", "--seconds", "0", "--setting", "b1t1", "b16t2"]
     assert script.main(["--model", "uniform-90.00", "--engine", engine, *quick, *places]) == 0

@@ -13,7 +13,9 @@ import onnx
 import onnxruntime
 import pytest
 
-from ticketkit.errors import KernelError
+from ticketkit.errors import FormatError, KernelError
+from ticketkit.formats import gaps
+from ticketkit.lower import operators
 from ticketkit.runtime import native, ort
 
 
@@ -149,3 +151,57 @@ def test_missing_library_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("TICKETKIT_LIBRARY", "/nowhere/libticketkit.so")
     with pytest.raises(KernelError, match="TICKETKIT_LIBRARY not found at /nowhere"):
         ort.register(onnxruntime.SessionOptions())
+
+
+def depthwise_model(**change: object) -> onnx.ModelProto:
+    """One depthwise convolution 3x3, stride 2, of 5 channels as a sparse node; attributes changed, or left out where None."""
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((mutate.CHANNELS, 1, 3, 3)).astype(np.float32)
+    window = {"strides": [2, 2], "pads": [1, 1, 1, 1], "dilations": [1, 1]}
+    parts = {**gaps.pack(weight), "bias": rng.standard_normal(mutate.CHANNELS).astype(np.float32)}
+    how = operators.Epilogue("", "Relu"), operators.Execution(), mutate.CHANNELS
+    node = operators.make_node(operators.CONV, ["x", *parts], "y", "dw", weight.shape, window, *how)
+    kept = [a for a in node.attribute if a.name not in change]
+    del node.attribute[:]
+    node.attribute.extend([*kept, *(onnx.helper.make_attribute(k, v) for k, v in change.items() if v is not None)])
+    infos = [onnx.helper.make_tensor_value_info(name, 1, ["N", mutate.CHANNELS, "H", "W"]) for name in ("x", "y")]
+    made = [onnx.numpy_helper.from_array(array, name) for name, array in parts.items()]
+    opsets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid(operators.DOMAIN, operators.VERSION)]
+    return onnx.helper.make_model(
+        onnx.helper.make_graph([node], "depthwise", infos[:1], infos[1:], made),
+        functions=[operators.function(node.op_type, 17)], opset_imports=opsets, ir_version=operators.IR_VERSION,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("threads", [1, 3, 9])
+def test_depthwise_is_that_of_the_stock_runtime(threads: int) -> None:
+    model = depthwise_model()
+    sparse, stock = (session(model, sparse=s, threads=threads).run(None, images(2))[0] for s in (True, False))
+    np.testing.assert_allclose(sparse, stock, rtol=0, atol=1e-4)
+    expanded = session(operators.expand(model), sparse=False).run(None, images(2))[0]
+    np.testing.assert_allclose(expanded, stock, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("group", [0, 2, -5])
+def test_other_groups_are_refused(group: int) -> None:
+    with pytest.raises(Exception, match="group: expected 1, or 5"):
+        session(depthwise_model(group=group), sparse=True)
+    with pytest.raises(FormatError, match="group: expected 1, or 5"):
+        operators.decode(depthwise_model(group=group))
+
+
+def test_files_without_the_attribute_group_still_run() -> None:
+    """Files of before there was one: neither nodes nor function bodies have it."""
+    model, old = convolution(mutate.SIZE), convolution(mutate.SIZE)
+    for holder in (*old.graph.node, *(node for function in old.functions for node in function.node)):
+        kept = [a for a in holder.attribute if a.name != "group"]
+        del holder.attribute[:]
+        holder.attribute.extend(kept)
+    for function in old.functions:
+        if "group" in function.attribute:
+            function.attribute.remove("group")
+    assert "group" in str(model) and "group" not in str(old)
+    assert [s.group for s in operators.decode(old).values()] == [1]
+    for sparse in (True, False):
+        new_y, old_y = (session(m, sparse=sparse).run(None, images(2))[0] for m in (model, old))
+        np.testing.assert_array_equal(new_y, old_y)

@@ -56,8 +56,10 @@ def test_groups_stay_dense_however_sparse() -> None:
 
 def inverted_bottleneck(sparsity: float) -> Network:
     """1x1, depthwise 3x3 without zeros, 1x1, as in MobileNetV2."""
-    weights = {"a.weight": pruned((384, 64, 1, 1), sparsity), "b.weight": pruned((384, 1, 3, 3), 0.0), "c.weight": pruned((64, 384, 1, 1), sparsity)}
-    nodes = [node("Conv", "x a.weight", "a"), node("Conv", "a b.weight", "b", group=384, pads=[1, 1, 1, 1]), node("Conv", "b c.weight", "y")]
+    shapes = {"a": (384, 64, 1, 1), "b": (384, 1, 3, 3), "c": (64, 384, 1, 1)}
+    weights = {f"{name}.weight": pruned(shape, 0.0 if name == "b" else sparsity) for name, shape in shapes.items()}
+    depthwise = {"group": 384, "pads": [1, 1, 1, 1]}
+    nodes = [node("Conv", "x a.weight", "a"), node("Conv", "a b.weight", "b", **depthwise), node("Conv", "b c.weight", "y")]
     return lower(graph(nodes, {"x": ["N", 64, 28, 28]}, ["y"], weights))
 
 

@@ -26,7 +26,7 @@ TILE = {"csr": 64, "bsr": 24}  # pixels or batch rows of one tile: 8 and 3 vecto
 L1 = 32 * 1024  # bytes of input that a block of columns takes in a tile
 TABLE = Path(__file__).with_name("cost.json")
 
-COUNTS = {
+COUNTS: dict[str, dict[str, tuple[str, ...]]] = {
     "Conv": {DENSE: ("madd", "input", "output", "call"), "csr": ("madd", "gather", "output", "visit", "call"),
              "bsr": ("madd", "gather", "output", "visit", "call")},
     "Depthwise": {DENSE: ("madd", "input", "output", "call"), "csr": ("madd", "input", "output", "call")},

@@ -2,10 +2,10 @@
 // name for every function body a file may carry, such as SparseConvAddRelu (kNames).
 //
 //   inputs      X f32, values f32 [nnz], gaps u16 [nnz] (see tk_gaps_decode), B f32 [out], and for SparseConvAdd* Z f32, the residual
-//   attributes  weight_shape, activation "None" | "Relu" | "Clip" (with min, max); SparseConv: strides [2], pads [4], dilations [2], group,
-//               1 (also where absent) or the number of channels;
-//               format "csr" | "bsr", the form to pack in; SparseConv: tuning [6]: lanes, height and width of the image it holds for, and
-//               tile_vectors, block_channels, group_tiles (tk_tuning). The last two may be absent.
+//   attributes  weight_shape, activation "None" | "Relu" | "Clip" (with min, max); SparseConv: strides [2], pads [4], dilations [2];
+//               group, 1 or, depthwise, the number of channels; format "csr" | "bsr", the form to pack in; SparseConv: tuning [6]: lanes,
+//               height and width of the image it holds for, and tile_vectors, block_channels, group_tiles (tk_tuning). The last three
+//               may be absent.
 //
 // values, gaps and B must be initializers. They are validated when the session is made; a layer is packed when it first meets an image
 // size. Work is split over ONNX Runtime's own threads; the session option "ai.ticketkit.threads" says how many (default: one per core).

@@ -4,10 +4,11 @@
     SparseGemm(X [N,K],     values [n], gaps u16 [n], B [M])                 -> Y [N,M]       = act(X Wᵀ + B)
 
 Everything else is float32. Attributes: ``weight_shape`` [M,C,kh,kw] or [M,K], ``numel`` [its product], ``activation`` "None", "Relu" or
-"Clip" (then ``min`` and ``max``), and for SparseConv ``strides`` [2], ``pads`` [top, left, bottom, right], ``dilations`` [2], ``group`` 1
-(also where absent, as in older files) or C for a depthwise W [C,1,kh,kw]. W is gap-coded (`ticketkit.formats.gaps`). How a library should run it is said by ``format`` "csr" (default) or "bsr", the form
-the weight is packed in, and for SparseConv ``tuning`` [6]: how it is cut up on vectors of so many lanes and images of such height and
-width (tile_vectors, block_channels, group_tiles of kernels/ticketkit.h); zeros leave it to the library, other lanes and images too.
+"Clip" (then ``min`` and ``max``), and for SparseConv ``strides`` [2], ``pads`` [top, left, bottom, right], ``dilations`` [2] and ``group``,
+1 (also where it is absent, as in older files) or C for a depthwise W [C,1,kh,kw]. W is gap-coded (`ticketkit.formats.gaps`). How a library
+should run it is said by ``format`` "csr" (default) or "bsr" (not for depthwise), the form the weight is packed in, and for SparseConv
+``tuning`` [6]: how it is cut up on vectors of so many lanes and images of such height and width (tile_vectors, block_channels, group_tiles
+of kernels/ticketkit.h); zeros leave it to the library, other lanes and images too.
 
 An operator has one function body, so each body has an operator of its own: the name is SparseConv or SparseGemm + ("Add" if Z) +
 ("" | "Relu" | "Clip"), such as SparseConvAddRelu. (ONNX has overloads for this, but onnxruntime ignores them before 1.27.)
