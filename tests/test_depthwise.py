@@ -92,7 +92,7 @@ def test_usual_layers(isa: str, kernel: int, stride: int, density: float) -> Non
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (1, 2), (3, 2)])
 def test_many_tiles_and_rows_longer_than_one(isa: str, stride: int, dilation: int) -> None:
-    for height, width in ((9, 9000), (150, 160)):
+    for height, width in ((9, 9000), (150, 160), (4, 70001)):
         check(depthwise(2, height, width, 3, 3, stride, stride, 1, 1, 1, 1, dilation, dilation), isa)
 
 
