@@ -237,7 +237,7 @@ tk_status plan_conv2d(const tk_conv2d& s, const tk_csr& w, tk_format format, int
 tk_status plan_gemm(const tk_csr& w, tk_format format, int32_t isa, Packed* p) {
   if (!within(w.rows, 1, INT32_MAX) || !within(w.cols, 1, INT32_MAX)) return TK_BAD_SHAPE;
   *p = header(k_gemm_csr_f32, k_gemm_bsr_f32, format, isa, w);
-  p->tile_vectors = i32(format == TK_CSR ? clamp(kGemmTile / p->lanes, 1, kGoodTile) : most_vectors(*p));
+  p->tile_vectors = i32(format == TK_CSR ? clamp(kGemmTile / p->lanes, 1, kGemmTileVectors) : most_vectors(*p));
   p->block_channels = kGemmColumns;
   p->blocks = ceil_div(w.cols, kGemmColumns);
   const bool short_rows = w.nnz / w.rows < w.cols / 16;  // fewer, longer pieces of them are worth more than L1

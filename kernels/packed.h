@@ -8,6 +8,7 @@ namespace tk {
 
 constexpr uint64_t kMagic = 0x6b63617074656b74;  // "tketpack"; guards against a buffer that was never packed
 constexpr int kMaxTileVectors = 14;              // accumulators of one CSR tile: 14 of AVX2's 16 registers, plus weight and spare
+constexpr int kGemmTileVectors = 8;              // of the widest CSR gemm tile
 constexpr int64_t kBlockRows = 4;                // output rows of a BSR block
 // Vectors of a BSR tile: kBlockRows accumulators for each, the vector itself, and one weight.
 constexpr int max_block_vectors(int registers) { return (registers - 1) / static_cast<int>(kBlockRows + 1); }

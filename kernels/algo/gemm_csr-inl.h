@@ -1,6 +1,6 @@
 // Fully connected layer with CSR weights. Included by isa/*.cc after gemm-inl.h.
 struct CsrUnits {
-  static constexpr int kRows = 1, kMaxVectors = 8;
+  static constexpr int kRows = 1, kMaxVectors = kGemmTileVectors;
   template <int V>
   static inline void add(const float* values, const uint16_t* offsets, int64_t count, const float* x, Vec (*acc)[V]) {
     csr_row<V, V * Vec::kLanes>(values, offsets, count, x, acc[0]);
