@@ -63,3 +63,14 @@ def data() -> Data:
     from ticketkit import tasks
 
     return tasks.get("digits").load(None)
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small pruned network as anybody's ONNX file; not to be written to."""
+    import onnx
+    from graphs import conv_net
+
+    path = tmp_path_factory.mktemp("source") / "net.onnx"
+    onnx.save(conv_net(0.9, channels=64), path)
+    return path
