@@ -7,7 +7,7 @@ speed wanders. A cut is taken only if it is clearly faster than the library's ow
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -86,32 +86,18 @@ def _search(layer: Layer, choice: Choice, end: float) -> tuple[int, ...]:
 
     best = Tuning()
     fastest = prepared(best)
-    for candidates in (_tiles, _blocks, _groups):
-        for tuning in candidates(best, choice, shape):
+    sizes = sorted({-(-shape.in_channels // count) for count in BLOCKS if count <= shape.in_channels})
+    for field, values in (("tile_vectors", TILES[choice.format]), ("block_channels", sizes), ("group_tiles", GROUPS)):
+        for value in values:
             if time.monotonic() > end:
                 break
+            tuning = replace(best, **{field: value})
             run = prepared(tuning)
             if np.median([_ratio(run, fastest, i % 2 == 1) for i in range(PAIRS)]) < GAIN:
                 best, fastest = tuning, run
     if best == Tuning():
         return (0,) * 6
     return (native.active_isa().lanes, shape.in_h, shape.in_w, best.tile_vectors, best.block_channels, best.group_tiles)
-
-
-def _tiles(best: Tuning, choice: Choice, shape: ConvShape) -> Iterator[Tuning]:
-    del shape
-    return (replace(best, tile_vectors=vectors) for vectors in TILES[choice.format])
-
-
-def _blocks(best: Tuning, choice: Choice, shape: ConvShape) -> Iterator[Tuning]:
-    del choice
-    sizes = {-(-shape.in_channels // count) for count in BLOCKS if count <= shape.in_channels}
-    return (replace(best, block_channels=size) for size in sorted(sizes))
-
-
-def _groups(best: Tuning, choice: Choice, shape: ConvShape) -> Iterator[Tuning]:
-    del choice, shape
-    return (replace(best, group_tiles=tiles) for tiles in GROUPS)
 
 
 def _ratio(a: Run, b: Run, backwards: bool) -> float:
