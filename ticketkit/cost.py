@@ -21,7 +21,6 @@ from ticketkit.formats import bsr
 from ticketkit.lower import Layer
 
 DENSE = "dense"
-BLOCK = (4, 1)  # of the BSR kernels
 TILE = {"csr": 64, "bsr": 24}  # pixels or batch rows of one tile: 8 and 3 vectors of 8 lanes
 L1 = 32 * 1024  # bytes of input that a block of columns takes in a tile
 TABLE = Path(__file__).with_name("cost.json")
@@ -64,7 +63,7 @@ def stored(layer: Layer, format: str) -> int:
     """Values that a format stores of a layer's weight."""
     if format == DENSE:
         return layer.weight.size
-    return layer.nnz if format == "csr" else round(layer.nnz / bsr.fill(layer.weight, BLOCK))
+    return layer.nnz if format == "csr" else round(layer.nnz / bsr.fill(layer.weight, bsr.DEFAULT))
 
 
 def counts(size: Size, format: str, values: int) -> dict[str, float]:
@@ -79,7 +78,7 @@ def counts(size: Size, format: str, values: int) -> dict[str, float]:
         return {"madd": float(values * images * size.y[2] * 8 * ceil(size.y[3] / 8)), **found}
     columns = size.weight[1] * (size.weight[3] if conv else 1)
     tiles, lanes = images * ceil(pixels / TILE[format]), images * 8 * ceil(pixels / 8)
-    units = ceil(rows / BLOCK[0]) if format == "bsr" else rows
+    units = ceil(rows / bsr.DEFAULT[0]) if format == "bsr" else rows
     visits = units * tiles * ceil(columns * TILE[format] * 4 / L1)
     return {"madd": float(values * lanes), "gather": float(columns * lanes), "visit": float(visits), **found}
 

@@ -7,7 +7,6 @@ any other. Nothing is trained, exported or run, and values do not matter: a prun
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -136,7 +135,7 @@ def estimate(
         TicketError: a sparsity, distribution or granularity that is none, or a sparsity below that of a pruned source with "global".
         ModelError, FormatError, ExportError: the source is missing, damaged or unsupported, or has no prunable layer.
     """
-    levels, block = _fractions(sparsity), _block(granularity)
+    levels, block = _fractions(sparsity), masks.parse_block(granularity)
     if distribution not in DISTRIBUTIONS:
         raise TicketError(f"distribution: expected one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}")
     named = _is_name(source)
@@ -256,12 +255,6 @@ def _fractions(sparsity: float | Sequence[float]) -> list[float]:
         hint = f"; {wrong[0]:g} % is {wrong[0] / 100:g}" if wrong and 1 < wrong[0] < 100 else ""
         raise TicketError(f"sparsity: expected fractions, 0 <= s < 1, such as 0.9, {got}{hint}")
     return levels
-
-
-def _block(granularity: str) -> Block:
-    if not (sides := re.fullmatch("([1-9][0-9]{0,3})x([1-9][0-9]{0,3})", granularity)):
-        raise TicketError(f"granularity: expected RxC with numbers from 1 to 9999, such as 4x1 or 1x16, got {granularity!r}")
-    return int(sides[1]), int(sides[2])
 
 
 def _batched(model: ModelProto, batch: int | None) -> ModelProto:

@@ -7,6 +7,7 @@ it returns new masks and leaves its arguments alone. Layers are visited in the m
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from math import prod
 from typing import Any
@@ -49,6 +50,17 @@ def rounds_to(target: float, rate: float) -> int:
         raise TicketError(f"target sparsity: expected 0 <= s < 1, got {target:g}")
     _check_rate(rate)
     return 0 if target == 0.0 else int(np.ceil(np.log1p(-target) / np.log1p(-rate) - 1e-9))
+
+
+def parse_block(granularity: str) -> Block:
+    """Rows and columns of the blocks that "RxC" names: R output channels by C of their weights in C order.
+
+    Raises:
+        TicketError: another word, or a number below 1 or above 9999.
+    """
+    if not (sides := re.fullmatch("([1-9][0-9]{0,3})x([1-9][0-9]{0,3})", granularity)):
+        raise TicketError(f"--granularity: expected RxC with numbers from 1 to 9999, such as 4x1 or 1x16, got {granularity!r}")
+    return int(sides[1]), int(sides[2])
 
 
 def global_magnitude(weights: Weights, masks: Masks, rate: float, block: Block = (1, 1)) -> dict[str, Mask]:

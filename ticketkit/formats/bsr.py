@@ -22,7 +22,7 @@ ROLE = "compute"
 PARTS = ("values", "col_indices", "row_ptr", "block")
 Block = tuple[int, int]
 BLOCKS: tuple[Block, ...] = ((16, 1), (8, 1), (4, 1), (1, 16), (1, 8), (1, 4))  # best first: along output channels, and large
-DEFAULT: Block = (4, 1)
+DEFAULT: Block = (4, 1)  # of the BSR kernels
 LARGEST = 65535
 
 

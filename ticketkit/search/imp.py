@@ -187,7 +187,7 @@ def find(
         TicketkitError: anything wrong with the options, the data, the weights or the run directory, in one line.
         KeyboardInterrupt: after Ctrl-C, once the state is on disk.
     """
-    chosen, count, block = tasks.get(task), setup.rounds(rounds, sparsity, rate), setup.block(granularity)
+    chosen, count, block = tasks.get(task), setup.rounds(rounds, sparsity, rate), algebra.parse_block(granularity)
     if not checkpoint_seconds >= 0.0:  # "not >=": NaN too
         raise TicketError(f"--checkpoint-seconds: expected 0 or more, got {checkpoint_seconds:g}")
     model = model or chosen.model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -43,13 +42,6 @@ def rounds(count: int | None, sparsity: float | None, rate: float) -> int:
     if count is not None and count < 0:
         raise TicketError(f"--rounds: expected 0 or more, got {count}")
     return (ROUNDS if count is None else count) if sparsity is None else algebra.rounds_to(sparsity, rate)
-
-
-def block(granularity: str) -> algebra.Block:
-    """Rows and columns of the blocks that "RxC" names: R output channels by C of their weights in C order."""
-    if not (sides := re.fullmatch("([1-9][0-9]{0,3})x([1-9][0-9]{0,3})", granularity)):
-        raise TicketError(f"--granularity: expected RxC with numbers from 1 to 9999, such as 4x1 or 1x16, got {granularity!r}")
-    return int(sides[1]), int(sides[2])
 
 
 def settings(
