@@ -30,6 +30,19 @@ def isa() -> str:
 
 
 def load(path: Path, threads: int, feeds: Feeds) -> Callable[[], Arrays]:
+    """A session of onnxruntime alone, all its graph optimisations on.
+
+    Args:
+        path: ONNX file, float32, of standard operators.
+        threads: within one operator; operators run one after the other.
+        feeds: input name -> array [N, ...] of the shape that input declares, N the batch.
+
+    Returns:
+        The call to be timed: the outputs, each [N, ...], in graph order. onnxruntime checks names and shapes of the feeds only there.
+
+    Raises:
+        Exception: onnxruntime's own (they have no common base below it), if it cannot load the model.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

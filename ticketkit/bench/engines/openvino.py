@@ -32,6 +32,19 @@ def isa() -> str:
 
 
 def load(path: Path, threads: int, feeds: Feeds) -> Callable[[], Arrays]:
+    """The model compiled for the CPU at the shapes of the feeds.
+
+    Args:
+        path: ONNX file, float32, of standard operators.
+        threads: of inference; one stream, so all of them work on one call.
+        feeds: input name -> array [N, ...], N the batch; its shape becomes the model's. Shared with OpenVINO, not copied.
+
+    Returns:
+        The call to be timed: the outputs, each [N, ...], in graph order. They are OpenVINO's own buffers: the next call overwrites them.
+
+    Raises:
+        RuntimeError: OpenVINO cannot read or compile the model, or a feed names no input or has an impossible shape.
+    """
     import openvino
 
     core = openvino.Core()

@@ -38,6 +38,20 @@ def isa() -> str:
 
 
 def load(path: Path, threads: int, feeds: Feeds) -> Callable[[], Arrays]:
+    """An `InferenceSession` of ticketkit.
+
+    Args:
+        path: a file of `ticketkit export`, or any ONNX file, float32.
+        threads: within one operator.
+        feeds: input name -> array [N, ...] of the shape that input declares, N the batch.
+
+    Returns:
+        The call to be timed: the outputs, each [N, ...], in graph order. Names and shapes of the feeds are checked only there (DataError).
+
+    Raises:
+        ModelError, FormatError: the file is missing, damaged or unsupported.
+        KernelError: the native library is missing or cannot run here.
+    """
     from ticketkit.session import InferenceSession
 
     session = InferenceSession(path, threads=threads)

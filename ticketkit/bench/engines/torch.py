@@ -32,6 +32,20 @@ def isa() -> str:
 
 
 def load(path: Path, threads: int, feeds: Feeds) -> Callable[[], Arrays]:
+    """The graph rebuilt as a torch module, run eagerly in inference mode.
+
+    Args:
+        path: ONNX file, float32, of the operators that `bench.torch_graph` knows.
+        threads: of this whole process: `torch.set_num_threads`.
+        feeds: arrays [N, ...] by input name, N the batch, in the order of the graph inputs: they are handed over by position. Shared
+            with torch, not copied.
+
+    Returns:
+        The call to be timed: the outputs, each [N, ...], in graph order. Wrong shapes show only there (torch's RuntimeError).
+
+    Raises:
+        ModelError: an operator or a padding rule unknown to `bench.torch_graph`.
+    """
     import torch
 
     from ticketkit.bench.torch_graph import as_module

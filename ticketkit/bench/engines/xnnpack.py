@@ -40,6 +40,21 @@ def isa() -> str:
 
 
 def load(path: Path, threads: int, feeds: Feeds) -> Callable[[], Arrays]:
+    """The graph rebuilt as a torch module, traced on the feeds, with XNNPACK's operators put in where it has them.
+
+    Args:
+        path: ONNX file, float32, of the operators that `bench.torch_graph` knows.
+        threads: of this whole process: `torch.set_num_threads`.
+        feeds: arrays [N, ...] by input name, N the batch, in the order of the graph inputs: they are handed over by position. Images
+            [N, C, H, W] are turned to channels_last here, untimed.
+
+    Returns:
+        The call to be timed: the outputs, each [N, ...], in graph order, contiguous whatever order XNNPACK left them in.
+
+    Raises:
+        ModelError: an operator or a padding rule unknown to `bench.torch_graph`, or XNNPACK took over no operator.
+        RuntimeError: torch cannot trace the module, for example on feeds of the wrong shape.
+    """
     import torch
     from torch.utils.mobile_optimizer import optimize_for_mobile
 
