@@ -15,7 +15,7 @@ from onnx import ModelProto
 from torch import nn
 
 from ticketkit import models
-from ticketkit.errors import ModelError, TicketError
+from ticketkit.errors import ModelError, TicketError, first_line
 from ticketkit.ticket import Ticket
 
 OPSETS = range(18, 21)  # what torch's exporter writes itself; older ones it converts to, often in vain
@@ -49,7 +49,7 @@ def capture(module: nn.Module, input_shape: Sequence[int], opset: int = 18) -> M
         with torch.no_grad():
             frozen(example)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        raise ModelError(f"the network does not take an input of shape {list(example.shape)}: {str(error).splitlines()[0]}") from None
+        raise ModelError(f"the network does not take an input of shape {list(example.shape)}: {first_line(error)}") from None
     try:
         with _quiet():
             program = torch.onnx.export(

@@ -27,3 +27,9 @@ class ExportError(TicketkitError):
 
 class DataError(TicketkitError):
     """A data set or an input file is missing, truncated or of the wrong shape."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what somebody else's error says, its class where it says nothing."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]

@@ -14,7 +14,7 @@ import onnx
 import onnxruntime
 from onnx import GraphProto, ModelProto, NodeProto
 
-from ticketkit.errors import ModelError
+from ticketkit.errors import ModelError, first_line
 from ticketkit.lower import operators
 
 LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -47,8 +47,7 @@ def clean(model: ModelProto) -> ModelProto:
 
 def reason(error: Exception) -> str:
     """The readable part of an onnxruntime error: its first line, without codes and build paths."""
-    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return line.rsplit("] : ", 1)[-1]
+    return first_line(error).rsplit("] : ", 1)[-1]
 
 
 def _name_layers(model: ModelProto) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, TensorProto, helper, version_converter
 
-from ticketkit.errors import FormatError, ModelError
+from ticketkit.errors import FormatError, ModelError, first_line
 from ticketkit.lower import operators
 from ticketkit.lower.graph import dims
 
@@ -49,7 +49,7 @@ def read(source: str | os.PathLike[str] | bytes) -> ModelProto:
     except (FormatError, ModelError) as error:
         raise type(error)(f"{where}: {error}") from None
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError, TypeError, RuntimeError) as error:
-        raise FormatError(f"{where}: malformed ONNX: {_first_line(error)}") from None
+        raise FormatError(f"{where}: malformed ONNX: {first_line(error)}") from None
 
 
 def digest(model: ModelProto) -> str:
@@ -78,7 +78,7 @@ def _parse(source: str | os.PathLike[str] | bytes) -> ModelProto:
     try:
         model = onnx.load_from_string(source) if isinstance(source, bytes) else onnx.load(source)
     except Exception as error:  # protobuf's DecodeError, onnx's own on external data, OSError: all mean that it cannot be read whole
-        raise FormatError(f"not a whole ONNX file ({_first_line(error)}); truncated or damaged, copy it again") from None
+        raise FormatError(f"not a whole ONNX file ({first_line(error)}); truncated or damaged, copy it again") from None
     if model.ByteSize() >= 2**31:
         raise ModelError("weights of 2 GiB or more do not fit in one ONNX message; split the model")
     return model
@@ -151,10 +151,5 @@ def _modern(model: ModelProto) -> ModelProto:
     try:
         return version_converter.convert_version(model, WORKING)
     except RuntimeError as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         raise ModelError(f"opset {opset(model)} cannot be converted to {WORKING} ({reason}); export the model with a newer one") from None
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]

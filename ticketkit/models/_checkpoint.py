@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ticketkit.errors import ModelError, TicketError
+from ticketkit.errors import ModelError, TicketError, first_line
 from ticketkit.ticket import KEY, read_safetensors, split_pruned
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -105,10 +105,10 @@ def _read_torch(path: str | os.PathLike[str]) -> Mapping[str, Any]:
             warnings.simplefilter("ignore")  # torch's advice to file an issue about foreign pickles; we refuse those ourselves
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, ValueError, KeyError, EOFError, OSError, AttributeError, TypeError, IndexError) as error:
-        raise ModelError(f"{path}: not a torch checkpoint ({_first_line(error)}); truncated, or of another format") from None
+        raise ModelError(f"{path}: not a torch checkpoint ({_first_sentence(error)}); truncated, or of another format") from None
     except (pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise ModelError(
-            f"{path}: not a plain state dict ({_first_line(error)}); save one with torch.save(model.state_dict(), path)"
+            f"{path}: not a plain state dict ({_first_sentence(error)}); save one with torch.save(model.state_dict(), path)"
         ) from None
     while isinstance(loaded, Mapping):
         inner = next((loaded[key] for key in WRAPPERS if isinstance(loaded.get(key), Mapping)), None)
@@ -142,6 +142,5 @@ def _to_array(value: Tensor | NDArray[Any]) -> NDArray[Any]:
     return array.astype(np.float32) if array.dtype.kind in "fV" else array
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].split(". ")[0]
+def _first_sentence(error: Exception) -> str:
+    return first_line(error).split(". ")[0]
