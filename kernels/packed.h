@@ -6,6 +6,14 @@
 
 namespace tk {
 
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t clamp(int64_t x, int64_t low, int64_t high) { return smaller(larger(x, low), high); }
+constexpr bool within(int64_t x, int64_t low, int64_t high) { return x >= low && x <= high; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t to) { return ceil_div(a, to) * to; }
+constexpr int32_t i32(int64_t x) { return static_cast<int32_t>(x); }
+
 constexpr uint64_t kMagic = 0x6b63617074656b74;  // "tketpack"; guards against a buffer that was never packed
 constexpr int kMaxTileVectors = 14;              // accumulators of one CSR tile: 14 of AVX2's 16 registers, plus weight and spare
 constexpr int kGemmTileVectors = 8;              // of the widest CSR gemm tile
@@ -26,7 +34,7 @@ enum Kernel : int32_t {
   kKernelCount
 };
 
-// A strip is one channel's pixels as one kernel column and one row phase (Phases in pack.cc) see them, flattened over a group of tiles:
+// A strip is one channel's pixels as one kernel column and one row phase (Phases in plan.h) see them, flattened over a group of tiles:
 // strip[i] = x[stride_h*(oh + row_min) + phase - pad_top, stride_w*ow + column*dilation_w - pad_left] with (oh, ow) the i-th pixel after
 // the group's first, zero outside the image. Every tap of that column and phase is then a constant offset into the strip.
 struct Strip {
@@ -65,24 +73,21 @@ struct Packed {
   const T* at(int64_t offset) const {
     return reinterpret_cast<const T*>(reinterpret_cast<const char*>(this) + offset);
   }
-  int64_t units() const { return (rows + unit_rows - 1) / unit_rows; }
+  int64_t units() const { return ceil_div(rows, unit_rows); }
   int64_t tile_floats() const { return int64_t{tile_vectors} * lanes; }
   // Floats of the strips of one block, with a vector to spare, whole cache lines.
-  int64_t strips_floats() const { return (block_channels * channel_floats + lanes + 15) / 16 * 16; }
+  int64_t strips_floats() const { return round_up(block_channels * channel_floats + lanes, 16); }
   const Strip* strips() const { return at<Strip>(strips_at); }
   const uint32_t* row_ptr(int64_t block) const { return at<uint32_t>(row_ptr_at) + block * (units() + 1); }
   const float* values() const { return at<float>(values_at); }
   const uint16_t* offsets() const { return at<uint16_t>(offsets_at); }
   // Floats behind the strips of a depthwise tile: kStripMasks masks for each strip; where its vectors are read; where those of output go.
   int64_t masks_floats() const { return int64_t{strip_count} * kStripMasks * lanes; }
-  int64_t reads_floats() const { return (channel_floats / lanes * 2 + 15) / 16 * 16; }
+  int64_t reads_floats() const { return round_up(channel_floats / lanes * 2, 16); }
   int64_t lists_floats() const { return masks_floats() + reads_floats() + int64_t{tile_vectors + kDepthwiseVectors} * 3; }
   int64_t block_begin(int64_t block) const { return block * block_channels; }
   // Rows of batch in one tile of a gemm: whole vectors, shared out evenly.
-  int64_t batch_tile(int64_t batch) const {
-    const int64_t tiles = (batch + tile_floats() - 1) / tile_floats(), rows = (batch + tiles - 1) / tiles;
-    return (rows + lanes - 1) / lanes * lanes;
-  }
+  int64_t batch_tile(int64_t batch) const { return round_up(ceil_div(batch, ceil_div(batch, tile_floats())), lanes); }
 };
 
 constexpr int64_t kGroupRows = 16;

@@ -1,4 +1,5 @@
-// What the inner loops of all formats share: the tile, the start and end of an output row, the choice of the loop. Included by isa/*.cc inside the ISA's namespace, after `Vec`.
+// What the inner loops of all formats share: the tile, the end of an output row, the choice of the loop. Included by isa/*.cc inside the
+// ISA's namespace, after `Vec`.
 
 // Where a tile's pixels lie in an output row, if not one behind the other: `count` floats from float `at` of the tile on.
 struct Span {

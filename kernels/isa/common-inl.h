@@ -6,13 +6,8 @@
 #define TK_UNROLL _Pragma("GCC unroll 16")
 #endif
 
-static constexpr float kInfinity = __builtin_inff();
-
-static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static inline int64_t round_up(int64_t a, int64_t to) { return ceil_div(a, to) * to; }
 static inline float clip(float x, float lo, float hi) { return x < lo ? lo : x > hi ? hi : x; }
+
 static inline void zero(float* to, int64_t n) {
   int64_t i = 0;
   for (; i + Vec::kLanes <= n; i += Vec::kLanes) Vec::set(0.0f).store(to + i);
