@@ -205,6 +205,11 @@ tk_status tk_gemm_pack(const tk_csr* w, tk_format format, int32_t isa, void* pac
   return TK_OK;
 }
 
+int64_t tk_tile_pixels(tk_layout layout, int64_t pixels, int32_t isa) {
+  if (!within(layout, TK_CSR_TILES, TK_BSR_TILES) || !within(pixels, 1, INT64_MAX / 2) || !within(isa, 0, tk_isa_count() - 1)) return 0;
+  return tile_pixels(layout, pixels, isa);
+}
+
 int64_t tk_parts(const void* packed, int64_t batch) {
   const Packed* p = static_cast<const Packed*>(packed);
   if (!p || p->magic != kMagic || !within(batch, 1, INT32_MAX)) return 0;

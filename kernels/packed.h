@@ -55,6 +55,7 @@ struct Packed {
   tk_conv2d shape;         // convolutions only
   int64_t out_h, out_w;    // convolutions only
   int64_t pitch;           // convolutions only: pixels from output row to output row as lanes see them, >= out_w
+  int64_t x_tile, y_tile;  // pixels of a tile of x and of y in memory (tk_layout); 0: planes
   int64_t tiles;           // tiles per image (conv2d) or plane (depthwise)
   int64_t group_tiles;     // neighbouring tiles whose strips are filled together (conv2d)
   int64_t row_groups;      // groups of kGroupRows output rows, for depthwise single rows: the finest part
@@ -75,6 +76,14 @@ struct Packed {
   }
   int64_t units() const { return ceil_div(rows, unit_rows); }
   int64_t tile_floats() const { return int64_t{tile_vectors} * lanes; }
+  // Every output pixel is the input pixel at the same place.
+  bool pointwise() const {
+    const tk_conv2d& s = shape;
+    return s.kernel_h == 1 && s.kernel_w == 1 && s.stride_h == 1 && s.stride_w == 1 && s.pad_top == 0 && s.pad_left == 0 &&
+           out_h == s.in_h && out_w == s.in_w && pitch == s.in_w;
+  }
+  // Whole tiles of x are read where they are.
+  bool in_place() const { return x_tile > 0 && x_tile == tile_floats() && pointwise(); }
   // Floats of the strips of one block, with a vector to spare, whole cache lines.
   int64_t strips_floats() const { return round_up(block_channels * channel_floats + lanes, 16); }
   const Strip* strips() const { return at<Strip>(strips_at); }
@@ -91,6 +100,18 @@ struct Packed {
 };
 
 constexpr int64_t kGroupRows = 16;
+
+// Where a pixel of an image is in memory: `at` floats from the image's start for channel 0, `stride` from channel to channel, with `left`
+// pixels of its plane or tile from there on.
+struct Place {
+  int64_t at, stride, left;
+};
+
+constexpr Place place(int64_t tile, int64_t channels, int64_t pixels, int64_t pixel) {
+  if (tile == 0) return {pixel, pixels, pixels - pixel};
+  const int64_t first = pixel / tile * tile, length = smaller(tile, pixels - first);
+  return {first * channels + pixel - first, length, first + length - pixel};
+}
 
 using RunFn = void (*)(const Packed&, const tk_args&, int64_t, int64_t, float*);
 

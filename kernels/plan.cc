@@ -17,6 +17,18 @@ constexpr int64_t kMaxStrips = 1 << 16;
 
 bool is_depthwise(const tk_conv2d& s) { return s.groups > 1; }
 
+// Vectors of the widest tile that a format's loop takes, and of a good one.
+int64_t most_vectors(int64_t unit_rows, int32_t isa) {
+  return unit_rows == 1 ? kMaxTileVectors : max_block_vectors(isa_at(isa)->registers);
+}
+int64_t good_vectors(int64_t unit_rows, int32_t isa) { return unit_rows == 1 ? kGoodTile : most_vectors(unit_rows, isa); }
+
+// Vectors of a tile of so many pixels, shared out evenly.
+int64_t even_vectors(int64_t pixels, int64_t unit_rows, int32_t isa) {
+  const int64_t vectors = ceil_div(pixels, tk_isa_lanes(isa));
+  return ceil_div(vectors, ceil_div(vectors, good_vectors(unit_rows, isa)));
+}
+
 tk_status check_shape(const tk_conv2d& s, const tk_csr& w) {
   const int64_t at_least_one[] = {s.in_channels, s.in_h,     s.in_w,     s.out_channels, s.kernel_h,
                                   s.kernel_w,    s.stride_h, s.stride_w, s.dilation_h,   s.dilation_w};
@@ -51,6 +63,10 @@ Packed header(Kernel csr, Kernel bsr, tk_format format, int32_t isa, const tk_cs
 }
 
 }  // namespace
+
+int64_t tile_pixels(tk_layout layout, int64_t pixels, int32_t isa) {
+  return layout == TK_PLANES ? 0 : even_vectors(pixels, layout == TK_CSR_TILES ? 1 : kBlockRows, isa) * tk_isa_lanes(isa);
+}
 
 Phases::Phases(int64_t kernel, int64_t stride_, int64_t dilation_, int64_t tile, int64_t pitch)
     : taps(kernel), stride(stride_), dilation(dilation_), period(stride / std::gcd(dilation, stride)) {
@@ -116,14 +132,12 @@ int64_t choose_pitch(const tk_conv2d& s, const Packed& p) {
   return best;
 }
 
-// Vectors of the widest tile its loop takes.
-int64_t most_vectors(const Packed& p) { return p.unit_rows == 1 ? kMaxTileVectors : max_block_vectors(isa_at(p.isa)->registers); }
-
-// Cuts the pixels into tiles of whole vectors, shared out evenly.
+// Cuts the pixels into tiles of whole vectors: of so many, or as many as are good; of those of x where they can be read in place.
 void cut_tiles(int64_t tile_vectors, Packed* p) {
-  const int64_t vectors = ceil_div(p->out_h * p->pitch, p->lanes), good = p->unit_rows == 1 ? kGoodTile : most_vectors(*p);
-  p->tile_vectors = i32(tile_vectors ? tile_vectors : ceil_div(vectors, ceil_div(vectors, good)));
-  p->tiles = ceil_div(vectors, p->tile_vectors);
+  const int64_t pixels = p->out_h * p->pitch, in_place = p->pointwise() ? p->x_tile / p->lanes : 0;
+  if (in_place > 0 && in_place <= most_vectors(p->unit_rows, p->isa)) tile_vectors = in_place;
+  p->tile_vectors = i32(tile_vectors ? tile_vectors : even_vectors(pixels, p->unit_rows, p->isa));
+  p->tiles = ceil_div(ceil_div(pixels, p->lanes), p->tile_vectors);
 }
 
 // Cuts the channels into blocks, shared out evenly, and joins tiles into groups.
@@ -139,7 +153,7 @@ tk_status cut_blocks(const tk_tuning& tuning, Packed* p) {
   p->block_channels = clamp(block, 1, channels < kMaxBlockFloats / p->channel_floats ? channels : kMaxBlockFloats / p->channel_floats);
   p->blocks = ceil_div(channels, p->block_channels);
 
-  const int64_t most = tuning.group_tiles ? tuning.group_tiles : p->tiles;
+  const int64_t most = p->in_place() ? 1 : tuning.group_tiles ? tuning.group_tiles : p->tiles;
   Packed wider = *p;
   while (wider.group_tiles < most && wider.group_tiles < p->tiles) {
     ++wider.group_tiles;
@@ -193,13 +207,16 @@ tk_status plan_conv2d(const tk_conv2d& s, const tk_csr& w, tk_format format, int
   if (bad != TK_OK) return bad;
   tk_tuning tuning = given ? *given : tk_tuning{};
   if (!within(tuning.tile_vectors, 0, kMaxTileVectors) || tuning.block_channels < 0 || tuning.group_tiles < 0) return TK_BAD_ARGUMENT;
-  if (is_depthwise(s) && format != TK_CSR) return TK_BAD_ARGUMENT;
+  if (!within(s.x_layout, TK_PLANES, TK_BSR_TILES) || !within(s.y_layout, TK_PLANES, TK_BSR_TILES)) return TK_BAD_ARGUMENT;
+  if (is_depthwise(s) && (format != TK_CSR || s.x_layout != TK_PLANES || s.y_layout != TK_PLANES)) return TK_BAD_ARGUMENT;
   *p = header(is_depthwise(s) ? k_depthwise_csr_f32 : k_conv2d_csr_f32, k_conv2d_bsr_f32, format, isa, w);
-  if (tuning.tile_vectors > most_vectors(*p)) tuning.tile_vectors = i32(most_vectors(*p));
+  tuning.tile_vectors = i32(smaller(tuning.tile_vectors, most_vectors(p->unit_rows, isa)));
   p->shape = s;
   p->out_h = (s.in_h + s.pad_top + s.pad_bottom - s.dilation_h * (s.kernel_h - 1) - 1) / s.stride_h + 1;
   p->out_w = (s.in_w + s.pad_left + s.pad_right - s.dilation_w * (s.kernel_w - 1) - 1) / s.stride_w + 1;
   if (is_depthwise(s)) return plan_depthwise(p);
+  p->x_tile = tile_pixels(static_cast<tk_layout>(s.x_layout), s.in_h * s.in_w, isa);
+  p->y_tile = tile_pixels(static_cast<tk_layout>(s.y_layout), p->out_h * p->out_w, isa);
   p->pitch = choose_pitch(s, *p);
   cut_tiles(tuning.tile_vectors, p);
   tk_status status = cut_blocks(tuning, p);
@@ -213,7 +230,7 @@ tk_status plan_conv2d(const tk_conv2d& s, const tk_csr& w, tk_format format, int
 tk_status plan_gemm(const tk_csr& w, tk_format format, int32_t isa, Packed* p) {
   if (!within(w.rows, 1, INT32_MAX) || !within(w.cols, 1, INT32_MAX)) return TK_BAD_SHAPE;
   *p = header(k_gemm_csr_f32, k_gemm_bsr_f32, format, isa, w);
-  p->tile_vectors = i32(format == TK_CSR ? clamp(kGemmTile / p->lanes, 1, kGemmTileVectors) : most_vectors(*p));
+  p->tile_vectors = i32(format == TK_CSR ? clamp(kGemmTile / p->lanes, 1, kGemmTileVectors) : most_vectors(p->unit_rows, isa));
   p->block_channels = kGemmColumns;
   p->blocks = ceil_div(w.cols, kGemmColumns);
   const bool short_rows = w.nnz / w.rows < w.cols / 16;  // fewer, longer pieces of them are worth more than L1

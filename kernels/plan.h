@@ -29,6 +29,9 @@ Phases column_phases(const Packed& p);
 // Places the strips of one channel behind each other, kernel columns outside, row phases inside; writes them where `strips` is not null.
 tk_status plan_strips(Packed* p, Strip* strips);
 
+// Pixels of a tile in memory; 0 for TK_PLANES.
+int64_t tile_pixels(tk_layout layout, int64_t pixels, int32_t isa);
+
 // Fill the header. Sizes depend on shape, stored values, ISA and tuning only.
 tk_status plan_conv2d(const tk_conv2d& shape, const tk_csr& weight, tk_format format, int32_t isa, const tk_tuning* tuning, Packed* p);
 tk_status plan_gemm(const tk_csr& weight, tk_format format, int32_t isa, Packed* p);

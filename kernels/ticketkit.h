@@ -78,6 +78,18 @@ TK_API tk_status tk_gaps_decode(int64_t rows, int64_t cols, int64_t nnz, const u
 
 // ---- operations ---------------------------------------------------------------------------------------------------------------
 
+// The order of an image's floats in memory. TK_PLANES is NCHW. The others keep together what a tile of a 1x1 convolution reads: the flat
+// pixels of an image [C,H,W] are cut into tiles of T = tk_tile_pixels(), the last one shorter; tile after tile, in each the channels one
+// after the other. Pixel p of channel c is at (p - p % T) * C + c * length of the tile + p % T. As many floats as in NCHW.
+typedef enum tk_layout {
+  TK_PLANES = 0,
+  TK_CSR_TILES = 1,  // the tiles that a convolution in TK_CSR has
+  TK_BSR_TILES = 2   // the tiles that one in TK_BSR has
+} tk_layout;
+
+// Pixels of a tile of that layout in an image of so many; 0 for TK_PLANES and where an argument is out of range.
+TK_API int64_t tk_tile_pixels(tk_layout layout, int64_t pixels, int32_t isa);
+
 // y[n,m,oh,ow] = clip(bias[m] + residual[n,m,oh,ow] + sum_{c,i,j} w[m,c,i,j] * x[n, c, oh*stride_h - pad_top + i*dilation_h,
 //                                                                                  ow*stride_w - pad_left + j*dilation_w])
 // with x zero outside the image; groups = 1. Or depthwise, groups = in_channels = out_channels: w is [out_channels, 1, kernel_h, kernel_w],
@@ -88,6 +100,7 @@ typedef struct tk_conv2d {
   int64_t pad_top, pad_left, pad_bottom, pad_right;
   int64_t dilation_h, dilation_w;
   int64_t groups;
+  int64_t x_layout, y_layout;  // tk_layout of x, and of y and residual; depthwise has TK_PLANES only
 } tk_conv2d;
 
 // How a layer is cut up. 0 means: choose. The choice changes speed and, in the last bits, the order of summation. Depthwise ignores it.
@@ -116,7 +129,7 @@ TK_API tk_status tk_gemm_packed_bytes(const tk_csr* weight, tk_format format, in
 TK_API tk_status tk_gemm_pack(const tk_csr* weight, tk_format format, int32_t isa, void* packed, size_t packed_bytes);
 
 // What one run reads and writes. x: [batch, in_channels, in_h, in_w] or [batch, cols]; y and residual: [batch, out_channels, out_h,
-// out_w] or [batch, rows]; bias: [out_channels] or [rows]. bias and residual may be null (zero). y may equal residual and overlaps
+// out_w] or [batch, rows], each image in the shape's layout; bias: [out_channels] or [rows]. bias and residual may be null (zero). y may equal residual and overlaps
 // nothing else. The result is clipped to [min, max], min <= max: -INFINITY and INFINITY for none, 0 and INFINITY for ReLU. NaN stays NaN.
 // batch is 1 … 2^31 - 1.
 typedef struct tk_args {

@@ -1,4 +1,5 @@
-// Replays the cases of replay.py through the C ABI on every usable ISA, in every packed form. Prints what it checked; exit code 1 on the first wrong result.
+// Replays the cases of replay.py through the C ABI on every usable ISA, in every packed form, convolutions in every layout. Prints what it
+// checked; exit code 1 on the first wrong result.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -27,6 +28,20 @@ const T* take(int64_t count) {
 // No slack behind the last byte asked for (but rounding up to the alignment), so that a sanitizer sees every overrun.
 void* aligned(size_t bytes) { return std::aligned_alloc(TK_ALIGNMENT, (bytes + TK_ALIGNMENT - 1) / TK_ALIGNMENT * TK_ALIGNMENT); }
 
+// Images of `channels` planes of `pixels`, with their floats in tiles of so many pixels; or back.
+std::vector<float> reordered(const float* images, int64_t batch, int64_t channels, int64_t pixels, int64_t tile, bool back) {
+  std::vector<float> to(static_cast<size_t>(batch * channels * pixels));
+  for (int64_t plane = 0; plane < batch * channels; ++plane) {
+    const int64_t c = plane % channels, image = plane / channels * channels * pixels;
+    for (int64_t p = 0; p < pixels; ++p) {
+      const int64_t first = p - p % tile, length = tile < pixels - first ? tile : pixels - first;
+      const int64_t tiled = image + first * channels + c * length + p % tile, planes = plane * pixels + p;
+      to[static_cast<size_t>(back ? planes : tiled)] = images[back ? tiled : planes];
+    }
+  }
+  return to;
+}
+
 struct Case {
   const int64_t* head = take<int64_t>(20);
   const float* limits = take<float>(3);
@@ -41,12 +56,13 @@ struct Case {
   const int64_t* row_ptr = take<int64_t>(rows + 1);
 
   // Largest difference from the oracle; infinite where a call fails.
-  float run(int32_t isa, tk_format format) const {
+  float run(int32_t isa, tk_format format, tk_layout layout) const {
     tk_conv2d shape{};
     int64_t cols = head[3];
     if (conv) {
       int64_t* const fields = &shape.in_channels;
       for (int i = 0; i < 15; ++i) fields[i] = head[2 + i];
+      shape.x_layout = shape.y_layout = layout;
       cols = (depthwise ? 1 : shape.in_channels) * shape.kernel_h * shape.kernel_w;
     }
     const tk_csr weight = {rows, cols, nnz, values, col_indices, row_ptr};
@@ -59,11 +75,20 @@ struct Case {
         conv ? tk_conv2d_pack(&shape, &weight, format, isa, nullptr, packed, bytes) : tk_gemm_pack(&weight, format, isa, packed, bytes);
     if (status != TK_OK) return INFINITY;
     void* const workspace = aligned(tk_workspace_bytes(packed));
-    std::vector<float> y(static_cast<size_t>(y_count), NAN);
-    const tk_args args = {head[1], x, bias, residual, y.data(), limits[1], limits[2]};
+    std::vector<float> y(static_cast<size_t>(y_count), NAN), x_tiles, z_tiles;
+    tk_args args = {head[1], x, bias, residual, y.data(), limits[1], limits[2]};
+    const int64_t pixels = shape.in_h * shape.in_w, y_pixels = y_count / (head[1] * rows);
+    const int64_t x_tile = tk_tile_pixels(layout, pixels, isa), y_tile = tk_tile_pixels(layout, y_pixels, isa);
+    if (layout != TK_PLANES) {
+      x_tiles = reordered(x, head[1], shape.in_channels, pixels, x_tile, false);
+      z_tiles = reordered(residual, head[1], rows, y_pixels, y_tile, false);
+      args.x = x_tiles.data();
+      args.residual = z_tiles.data();
+    }
     const int64_t parts = tk_parts(packed, head[1]);
     status = tk_run(packed, &args, 0, parts / 2, workspace);
     if (status == TK_OK) status = tk_run(packed, &args, parts / 2, parts, workspace);
+    if (layout != TK_PLANES) y = reordered(y.data(), head[1], rows, y_pixels, y_tile, true);
     float worst = status == TK_OK ? 0.0f : INFINITY;
     for (int64_t i = 0; i < y_count; ++i) {
       const float difference = std::fabs(y[static_cast<size_t>(i)] - expected[i]);
@@ -93,10 +118,14 @@ int main(int argc, char** argv) {
       ++usable;
       for (const tk_format format : {TK_CSR, TK_BSR}) {
         if (c.depthwise && format == TK_BSR) continue;
-        const float worst = c.run(isa, format);
-        if (!(worst <= c.limits[0])) {
-          std::printf("case %d on %s, format %d: difference %g, tolerance %g\n", cases, tk_isa_name(isa), format, worst, c.limits[0]);
-          return 1;
+        for (const tk_layout layout : {TK_PLANES, TK_CSR_TILES, TK_BSR_TILES}) {
+          if (layout != TK_PLANES && (!c.conv || c.depthwise)) continue;
+          const float worst = c.run(isa, format, layout);
+          if (!(worst <= c.limits[0])) {
+            std::printf("case %d on %s, format %d, layout %d: difference %g, tolerance %g\n", cases, tk_isa_name(isa), format, layout,
+                        worst, c.limits[0]);
+            return 1;
+          }
         }
       }
     }

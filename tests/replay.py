@@ -1,6 +1,6 @@
 """Writes kernel cases, each with the oracle's answer, for replay.cc: so kernels are checked on processors where Python does not run.
 
-One case: int64 [20] (kind 0 conv2d / 1 gemm / 2 depthwise, batch, the 15 numbers of tk_conv2d or rows and cols, nnz, x count, y count),
+One case: int64 [20] (kind 0 conv2d / 1 gemm / 2 depthwise, batch, the 15 numbers of tk_conv2d before its layouts or rows and cols, nnz, x count, y count),
 float32 tolerance, min, max, then x, values, bias, residual, expected (float32), col_indices (int32), row_ptr (int64), padded to 8 bytes
 each.
 """
@@ -41,7 +41,7 @@ def _conv(rng: np.random.Generator, depthwise: bool = False) -> list[np.ndarray]
     y = oracle.conv2d(
         x, weight, bias, residual, clip=(0.0, 3.0), strides=tuple(stride), pads=tuple(pads), dilations=tuple(dilation), groups=groups
     )
-    return _case([2 if depthwise else 0, batch, *astuple(shape)], weight, x, bias, residual, y)
+    return _case([2 if depthwise else 0, batch, *astuple(shape)[:15]], weight, x, bias, residual, y)
 
 
 def _gemm(rng: np.random.Generator) -> list[np.ndarray]:

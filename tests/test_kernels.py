@@ -57,8 +57,13 @@ def check_conv(shape: ConvShape, isa: str, *, batch: int = 1, density: float = 0
         for form in FORMATS:
             layer = native.conv2d(shape, csr.pack(weight), format=form, isa=isa, tuning=tuning)
             at = [int(cut * layer.parts(batch)) for cut in cuts]
+            bias_of, residual_of = terms
+            if residual_of is not None:
+                residual_of = native.to_tiles(residual_of, shape.y_layout, isa)
             unwritten = np.full((batch, *layer.out_shape), np.nan, np.float32)
-            y = layer.run(x, *terms, minimum=clip[0], maximum=clip[1], cuts=at, out=unwritten)
+            y = layer.run(native.to_tiles(x, shape.x_layout, isa), bias_of, residual_of,
+                          minimum=clip[0], maximum=clip[1], cuts=at, out=unwritten)  # fmt: skip
+            y = native.from_tiles(y, shape.y_layout, isa)
             worst = np.abs(y - exact).max()
             assert worst <= oracle.tolerance(weight, x, *terms), (shape, form, isa, terms[0] is not None, worst)
 
@@ -90,6 +95,43 @@ def test_conv2d_pixels_around_every_tile(isa: str, vectors: int, offset: int) ->
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("offset", [-1, 0, 1])
+@pytest.mark.parametrize("vectors", [1, 3, 6, 10, 11, 20, 25])
+@pytest.mark.parametrize(("x_layout", "y_layout"), [("csr", "planes"), ("planes", "csr"), ("csr", "csr"), ("bsr", "bsr"), ("csr", "bsr")])
+def test_conv2d_tiled_layouts(isa: str, vectors: int, offset: int, x_layout: str, y_layout: str) -> None:
+    """Tensors in tiles: read in place, gathered for other windows and by another format, written whole or in pieces."""
+    pixels = vectors * LANES[isa] + offset
+    layouts = {"x_layout": x_layout, "y_layout": y_layout}
+    check_conv(ConvShape(6, 1, pixels, 5, 1, 1, **layouts), isa, batch=2, tuning=Tuning(block_channels=4), cuts=(0.4,))
+    check_conv(ConvShape(6, 1, pixels, 5, 1, 1, **layouts), isa, tuning=Tuning(tile_vectors=2))
+    check_conv(ConvShape(3, 5, pixels, 9, 1, 1, 2, 2, **layouts), isa, batch=2)
+    check_conv(ConvShape(3, 6, pixels, 5, 3, 3, 1, 1, 1, 1, 1, 1, **layouts), isa)
+
+
+def test_layouts_name_every_float_once() -> None:
+    channels, pixels = 3, 15 * 29
+    images = np.arange(2 * channels * pixels, dtype=np.float32).reshape(2, channels, 15, 29)
+    assert np.array_equal(native.to_tiles(images, "planes"), images)
+    for isa in ISAS:
+        for layout in ("csr", "bsr"):
+            tile = native.tile_pixels(layout, pixels, isa)
+            assert tile % LANES[isa] == 0 and tile < pixels
+            tiled = native.to_tiles(images, layout, isa)
+            for c, p in ((0, 0), (2, 0), (1, tile), (2, tile + 1), (2, pixels - 1)):  # the definition, in ticketkit.h
+                at = (p - p % tile) * channels + c * min(tile, pixels - p + p % tile) + p % tile
+                assert tiled[1].ravel()[at] == images[1].reshape(channels, pixels)[c, p]
+            assert sorted(tiled[0].ravel()) == list(images[0].ravel())
+            assert np.array_equal(native.from_tiles(tiled, layout, isa), images)
+
+
+@pytest.mark.parametrize("layout", ["tiles", ""])
+def test_conv2d_refuses_unknown_layouts(layout: str) -> None:
+    with pytest.raises(KernelError, match="unknown layout .*; expected one of planes, csr, bsr"):
+        native.conv2d(ConvShape(1, 1, 1, 1, 1, 1, x_layout=layout), csr.pack(np.ones((1, 1, 1, 1), np.float32)))
+
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 1.0])
 @pytest.mark.parametrize("kernel", [1, 3, 5, 7])
 @pytest.mark.parametrize("stride", [1, 2])
@@ -117,7 +159,9 @@ def geometry(draw: st.DrawFn) -> ConvShape:
     kernel, stride, pads, dilation = draw(pairs(1, 7)), draw(pairs(1, 3)), draw(pairs(0, 4, 4)), draw(pairs(1, 3))
     extra = draw(pairs(0, 37))
     size = [max(1, dilation[i] * (kernel[i] - 1) + 1 - pads[i] - pads[i + 2]) + extra[i] for i in (0, 1)]
-    return ConvShape(draw(st.integers(1, 24)), *size, draw(st.integers(1, 150)), *kernel, *stride, *pads, *dilation)
+    layout = st.sampled_from(["planes", "csr", "bsr"])
+    channels = draw(st.integers(1, 24)), draw(st.integers(1, 150))
+    return ConvShape(channels[0], *size, channels[1], *kernel, *stride, *pads, *dilation, x_layout=draw(layout), y_layout=draw(layout))
 
 
 @settings(max_examples=150, deadline=None)

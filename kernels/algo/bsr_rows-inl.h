@@ -37,7 +37,7 @@ struct BsrRows {
       for (int64_t r = 0; r < (Last ? rows : kBlockRows); ++r) {
         if constexpr (Last) {
           float* const y = t.y + (m + r) * t.y_stride;
-          write_row<V>(t, y, t.residual ? y + to_residual : nullptr, acc[r]);
+          write_row<V>(t, m + r, y, t.residual ? y + to_residual : nullptr, acc[r]);
         } else {
           TK_UNROLL for (int v = 0; v < V; ++v) acc[r][v].store(acc_at + r * t.acc_stride + v * Vec::kLanes);
         }

@@ -2,14 +2,18 @@
 // channels come in blocks whose strips (packed.h) stay in or next to L1 while every output row of the tile passes over them. Included by
 // isa/*.cc after rows-inl.h and strips-inl.h.
 
-// Spans of the tile of `count` pixels from pixel `first` (pitched) on; returns their number. `to` is relative to the first pixel's row start.
+// Spans of the tile of `count` pixels from pixel `first` (pitched) on, from the start of the image; returns their number.
 static int32_t tile_spans(const Packed& p, int64_t first, int64_t count, Span* spans) {
   int32_t n = 0;
-  const int64_t first_row = first / p.pitch;
+  spans[0] = {};  // a tile may hold nothing but what rows are longer by
   for (int64_t at = 0; at < count;) {
     const int64_t row = (first + at) / p.pitch, column = (first + at) % p.pitch;
-    const int64_t here = smaller(count - at, p.pitch - column), inside = smaller(here, p.out_w - column);
-    if (inside > 0) spans[n++] = {static_cast<int32_t>(at), static_cast<int32_t>(inside), (row - first_row) * p.out_w + column};
+    const Place to = place(p.y_tile, p.rows, p.out_h * p.out_w, row * p.out_w + column);
+    int64_t here = smaller(count - at, p.pitch - column);
+    if (const int64_t inside = smaller(smaller(here, p.out_w - column), to.left); inside > 0) {
+      spans[n++] = {static_cast<int32_t>(at), static_cast<int32_t>(inside), to.at, to.stride};
+      if (column + inside < p.out_w) here = inside;
+    }
     at += here;
   }
   return n;
@@ -23,15 +27,18 @@ struct Conv2dGroup {
   int64_t image, tile, tiles, row_begin, row_end;
   float *strips, *accumulators;
 
-  void fill(int64_t block) const {
+  // The input of a block for the group's tiles.
+  const float* input(int64_t block) const {
     const int64_t planes = p.shape.in_channels, pixels = p.shape.in_h * p.shape.in_w, begin = p.block_begin(block);
-    const int64_t channels = smaller(p.block_channels, planes - begin);
-    const float* const from = a.x + (image * planes + begin) * pixels;
-    fill_strips(p, {a.x, a.x + a.batch * planes * pixels, from, channels, tile * p.tile_floats(), tiles, strips});
+    const int64_t channels = smaller(p.block_channels, planes - begin), first = tile * p.tile_floats();
+    const float* const from = a.x + image * planes * pixels;
+    if (p.in_place() && first + p.tile_floats() <= pixels) return from + first * planes + begin * p.tile_floats();
+    fill_strips(p, {a.x, a.x + a.batch * planes * pixels, from, begin, channels, first, tiles, strips});
+    return strips;
   }
 
   // The rows of the group's i-th tile, whose accumulators lie at `acc`.
-  void rows(int64_t block, int64_t i, float* acc) const {
+  void rows(int64_t block, const float* x, int64_t i, float* acc) const {
     const int64_t first = (tile + i) * p.tile_floats(), count = smaller(p.tile_floats(), p.out_h * p.pitch - first);
     const int vectors = static_cast<int>((count + Vec::kLanes - 1) / Vec::kLanes);
     Span spans[kMaxTileVectors * Vec::kLanes];
@@ -39,11 +46,10 @@ struct Conv2dGroup {
     t.values = p.values();
     t.offsets = p.offsets();
     t.row_ptr = p.row_ptr(block);
-    t.x = strips + i * p.tile_floats();
+    t.x = x + i * p.tile_floats();
     t.acc_stride = p.tile_floats();
     t.acc = acc - row_begin * t.acc_stride;
     t.bias = a.bias;
-    t.y_stride = p.out_h * p.out_w;
     t.row_begin = row_begin;
     t.row_end = row_end;
     t.last_lanes = static_cast<int32_t>(count - (vectors - 1) * Vec::kLanes);
@@ -51,23 +57,27 @@ struct Conv2dGroup {
     t.last = block == p.blocks - 1;
     t.min = a.min;
     t.max = a.max;
-    int64_t y_at = image * p.rows * t.y_stride + first;
-    if (p.pitch != p.out_w && t.last) {
+    const int64_t pixels = p.out_h * p.out_w;
+    Place to = place(p.y_tile, p.rows, pixels, smaller(first, pixels - 1));
+    if (t.last && (p.pitch != p.out_w || to.left < count)) {
       t.spans = spans;
       t.span_count = tile_spans(p, first, count, spans);
-      y_at += first / p.pitch * p.out_w - first;
+      to.at = spans[0].to;
+      to.stride = spans[0].stride;
+      for (int32_t s = 0; s < t.span_count; ++s) spans[s].to -= to.at;
     }
-    t.y = a.y + y_at;
-    t.residual = a.residual ? a.residual + y_at : nullptr;
+    t.y_stride = to.stride;
+    t.y = a.y + image * p.rows * pixels + to.at;
+    t.residual = a.residual ? a.residual + (t.y - a.y) : nullptr;
     run_rows<Rows>(vectors, t);
   }
 
   // Every block passes over all rows in turn, their accumulators wait.
   void run() const {
     for (int64_t block = 0; block < p.blocks; ++block) {
-      fill(block);
+      const float* const x = input(block);
       for (int64_t i = 0; i < tiles; ++i) {
-        rows(block, i, accumulators + i * p.units() * p.unit_rows * p.tile_floats());
+        rows(block, x, i, accumulators + i * p.units() * p.unit_rows * p.tile_floats());
       }
     }
   }

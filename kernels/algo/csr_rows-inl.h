@@ -56,7 +56,7 @@ struct CsrRows {
       csr_row<V>(t.values + at, t.offsets + at, count, x, acc);
       at += count;
       if constexpr (Last) {
-        write_row<V>(t, y, residual ? y + to_residual : nullptr, acc);
+        write_row<V>(t, m, y, residual ? y + to_residual : nullptr, acc);
       } else {
         TK_UNROLL for (int v = 0; v < V; ++v) acc[v].store(acc_at + v * Vec::kLanes);
       }

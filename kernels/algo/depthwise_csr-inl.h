@@ -116,7 +116,7 @@ static inline void depthwise_by_count(const DepthwiseTile& t, const DepthwiseCha
 static void depthwise_csr_f32(const Packed& p, const tk_args& a, int64_t part_begin, int64_t part_end, float* workspace) {
   const int64_t pixels = p.shape.in_h * p.shape.in_w, y_pixels = p.out_h * p.out_w;
   const uint32_t* const row_ptr = p.row_ptr(0);
-  const Fill fill{a.x, a.x + a.batch * p.rows * pixels, a.x, 1, 0, 1, workspace};
+  const Fill fill{a.x, a.x + a.batch * p.rows * pixels, a.x, 0, 1, 0, 1, workspace};
   for (int64_t part = part_begin; part < part_end;) {  // one part: one channel of one image
     const int64_t image_end = smaller(part_end, (part / p.rows + 1) * p.rows);
     for (int64_t tile = 0; tile < p.tiles; ++tile) {

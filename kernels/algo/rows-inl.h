@@ -1,10 +1,10 @@
 // What the inner loops of all formats share: the tile, the end of an output row, the choice of the loop. Included by isa/*.cc inside the
 // ISA's namespace, after `Vec`.
 
-// Where a tile's pixels lie in an output row, if not one behind the other: `count` floats from float `at` of the tile on.
+// Where pixels of a tile go, if not one behind the other: `count` floats from float `at` of the tile on, in output row m to y + to + m * stride.
 struct Span {
   int32_t at, count;
-  int64_t to;  // from the tile's first pixel
+  int64_t to, stride;
 };
 
 struct Tile {
@@ -19,7 +19,7 @@ struct Tile {
   int64_t acc_stride;
   int64_t y_stride;  // floats from row to row, of y and of residual
   int64_t row_begin, row_end;
-  const Span* spans;  // null: the tile's pixels are one contiguous piece of y
+  const Span* spans;  // null: the tile's pixels are one contiguous piece of y; else y and y_stride are the first span's
   int32_t span_count;
   int32_t last_lanes;  // without spans: lanes of the last vector that are inside the output, 1 … Vec::kLanes
   bool first, last;    // first block: start from the bias; last block: add the residual, clip, write y
@@ -33,17 +33,19 @@ static inline void prefetch_row(const float* y, const float* residual) {
   if (residual) TK_UNROLL for (int v = 0; v < V * Vec::kLanes; v += 16) __builtin_prefetch(residual + v, 0);
 }
 
-// Adds the residual, clips and writes one row of output; y and residual are at its first pixel of the tile.
+// Adds the residual, clips and writes row m of the output; y and residual are at its first pixel of the tile.
 template <int V>
-static inline void write_row(const Tile& t, float* y, const float* residual, Vec* acc) {
+static inline void write_row(const Tile& t, int64_t m, float* y, const float* residual, Vec* acc) {
   const Vec lo = Vec::set(t.min), hi = Vec::set(t.max);
   if (t.spans) {
     float padded[V * Vec::kLanes] = {};
     if (residual) {
-      for (int32_t i = 0; i < t.span_count; ++i) copy(residual + t.spans[i].to, t.spans[i].count, padded + t.spans[i].at);
+      for (const Span *s = t.spans, *end = s + t.span_count; s < end; ++s) {
+        copy(t.residual + s->to + m * s->stride, s->count, padded + s->at);
+      }
     }
     TK_UNROLL for (int v = 0; v < V; ++v) { clip(acc[v] + Vec::load(padded + v * Vec::kLanes), lo, hi).store(padded + v * Vec::kLanes); }
-    for (int32_t i = 0; i < t.span_count; ++i) copy(padded + t.spans[i].at, t.spans[i].count, y + t.spans[i].to);
+    for (const Span *s = t.spans, *end = s + t.span_count; s < end; ++s) copy(padded + s->at, s->count, t.y + s->to + m * s->stride);
     return;
   }
   constexpr int kLast = (V - 1) * Vec::kLanes;

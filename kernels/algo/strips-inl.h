@@ -1,10 +1,10 @@
 // Filling the strips (packed.h) of a convolution from its NCHW input. Included by isa/*.cc before conv2d-inl.h.
 
-// The strips of `channels` channels, the first at `image`, for `tiles` tiles from pixel `first` (pitched) on, written to `to`. Nothing
-// outside [x, limit) is read.
+// The strips of `channels` channels of an image, from channel `begin` on, for `tiles` tiles from pixel `first` (pitched) on, written to
+// `to`. Nothing outside [x, limit) is read.
 struct Fill {
   const float *x, *limit, *image;
-  int64_t channels, first, tiles;
+  int64_t begin, channels, first, tiles;
   float* to;
 };
 
@@ -60,24 +60,27 @@ class Segments {
   bool whole_rows_;
 };
 
-// Pieces of a strip row by row: for every geometry.
+// Pieces of a strip row by row: for every geometry and layout.
 static void fill_segments(const Packed& p, const Strip& strip, const Fill& f) {
-  constexpr int kAtOnce = 64;
+  const tk_conv2d& s = p.shape;
   const int64_t length = f.tiles * p.tile_floats() + strip.halo;
   Segments rest(p, strip, f.first, length);
-  Segment segments[kAtOnce];
-  while (const int n = rest.next(segments, kAtOnce)) {
-    for (int64_t c = 0; c < f.channels; ++c) {
-      const float* const plane = f.image + c * p.shape.in_h * p.shape.in_w;
-      float* const to = f.to + c * p.channel_floats + strip.offset;
-      for (int k = 0; k < n; ++k) {
-        const Segment& segment = segments[k];
-        float* const at = to + segment.to;
-        zero(at, segment.zeros);
-        copy_strided(plane + segment.from, p.shape.stride_w, segment.count, at + segment.zeros, f.limit, to + length);
-        zero(at + segment.zeros + segment.count, segment.tail);
+  Segment segment;
+  while (rest.next(&segment, 1)) {
+    float* const to = f.to + strip.offset;
+    const int64_t tail = segment.to + segment.zeros + segment.count;
+    for (int64_t c = 0; c < f.channels; ++c) zero(to + c * p.channel_floats + segment.to, segment.zeros);
+    for (int64_t i = 0; i < segment.count;) {
+      const Place at = place(p.x_tile, s.in_channels, s.in_h * s.in_w, segment.from + i * s.stride_w);
+      const int64_t n = smaller(segment.count - i, ceil_div(at.left, s.stride_w));
+      const float* const from = f.image + at.at + f.begin * at.stride;
+      for (int64_t c = 0; c < f.channels; ++c) {
+        float* const strip_to = to + c * p.channel_floats;
+        copy_strided(from + c * at.stride, s.stride_w, n, strip_to + segment.to + segment.zeros + i, f.limit, strip_to + length);
       }
+      i += n;
     }
+    for (int64_t c = 0; c < f.channels; ++c) zero(to + c * p.channel_floats + tail, segment.tail);
   }
 }
 
@@ -93,14 +96,14 @@ class VectorCopies {
 
   static bool possible(const Packed& p) {
     const tk_conv2d& s = p.shape;
-    return (p.pitch % Vec::kLanes == 0 || contiguous(p)) && s.stride_w <= 2 && s.in_h * s.in_w < kMaxPlane;
+    return p.x_tile == 0 && (p.pitch % Vec::kLanes == 0 || p.pointwise()) && s.stride_w <= 2 && s.in_h * s.in_w < kMaxPlane;
   }
 
   // As in Segments; rows begin at column `begin`, for whole vectors.
   VectorCopies(const Packed& p, const Strip& strip, int64_t first, int64_t length, int64_t begin = 0)
       : p_(p),
         strip_(strip),
-        contiguous_(contiguous(p)),
+        contiguous_(p.pointwise()),
         row_(first / p.pitch + strip.row_min),
         column_(contiguous_ ? first : begin + first % p.pitch),
         left_(length),
@@ -133,13 +136,6 @@ class VectorCopies {
 
  private:
   static constexpr int64_t kMaxPlane = int64_t{1} << 30;
-
-  // Every output pixel is the input pixel at the same place.
-  static bool contiguous(const Packed& p) {
-    const tk_conv2d& s = p.shape;
-    return s.kernel_h == 1 && s.kernel_w == 1 && s.stride_h == 1 && s.stride_w == 1 && s.pad_top == 0 && s.pad_left == 0 &&
-           p.out_h == s.in_h && p.out_w == s.in_w && p.pitch == s.in_w;
-  }
 
   VectorCopy of_row() const {
     const tk_conv2d& s = p_.shape;
@@ -198,7 +194,7 @@ static void fill_vectors(const Packed& p, const Strip& strip, const Fill& f) {
   float* to = f.to + strip.offset;
   while (const int n = rest.next(vectors, kAtOnce)) {
     for (int64_t c = 0; c < f.channels; ++c) {
-      const float* const plane = f.image + c * p.shape.in_h * p.shape.in_w;
+      const float* const plane = f.image + (f.begin + c) * p.shape.in_h * p.shape.in_w;
       copy_plane(f, stride, plane, vectors, n, rest.masks, rest.low, rest.high, to + c * p.channel_floats);
     }
     to += int64_t{n} * Vec::kLanes;

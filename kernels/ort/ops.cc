@@ -4,8 +4,9 @@
 //   inputs      X f32, values f32 [nnz], gaps u16 [nnz] (see tk_gaps_decode), B f32 [out], and for SparseConvAdd* Z f32, the residual
 //   attributes  weight_shape, activation "None" | "Relu" | "Clip" (with min, max); SparseConv: strides [2], pads [4], dilations [2];
 //               group, 1 or, depthwise, the number of channels; format "csr" | "bsr", the form to pack in; SparseConv: tuning [6]: lanes,
-//               height and width of the image it holds for, and tile_vectors, block_channels, group_tiles (tk_tuning). The last three
-//               may be absent.
+//               height and width of the image it holds for, and tile_vectors, block_channels, group_tiles (tk_tuning); SparseConv:
+//               x_layout and y_layout "planes" | "csr" | "bsr" (tk_layout) of X, and of Y and Z: where another node of this library is
+//               at the other end. The last five may be absent.
 //
 // values, gaps and B must be initializers. They are validated when the session is made; a layer is packed when it first meets an image
 // size. Work is split over ONNX Runtime's own threads; the session option "ai.ticketkit.threads" says how many (default: one per core).
@@ -13,6 +14,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <iterator>
 #include <limits>
 #include <map>
@@ -207,20 +209,33 @@ class Node {
   }
 
   void read_execution(const KernelInfo* info) {
-    char name[16] = "";
-    size_t size = sizeof(name);
-    if (Status* status = attribute_string(api_, info, "format", name, &size)) {
-      release_status(api_, status);
-    } else if (std::strcmp(name, "bsr") == 0) {
-      format_ = TK_BSR;
-    } else if (std::strcmp(name, "csr") != 0) {
-      fail(kInvalidGraph, std::string("format: expected csr or bsr, got ") + name);
-    }
-    if (!is_conv_ || !has_ints(api_, info, "tuning")) return;
+    format_ = static_cast<tk_format>(read_name(info, "format", {"csr", "bsr"}));
+    if (!is_conv_) return;
+    x_layout_ = read_name(info, "x_layout", {"planes", "csr", "bsr"});
+    y_layout_ = read_name(info, "y_layout", {"planes", "csr", "bsr"});
+    if (group_ > 1 && (x_layout_ || y_layout_)) fail(kInvalidGraph, "x_layout, y_layout: expected planes for a depthwise convolution");
+    if (!has_ints(api_, info, "tuning")) return;
     tuning_ = ints(api_, info, "tuning", 6);
     for (const int64_t v : tuning_) {
       if (v < 0 || v > std::numeric_limits<int32_t>::max()) fail(kInvalidGraph, "tuning: " + text(tuning_) + " is out of range");
     }
+  }
+
+  // Which of the names an attribute holds, the first where it is absent.
+  int32_t read_name(const KernelInfo* info, const char* key, std::initializer_list<const char*> names) const {
+    size_t size = 0;
+    if (Status* status = attribute_string(api_, info, key, nullptr, &size)) {
+      release_status(api_, status);
+      return 0;
+    }
+    std::string name(size + 1, '\0'), known;
+    check(api_, attribute_string(api_, info, key, name.data(), &size));
+    int32_t index = 0;
+    for (const char* const each : names) {
+      if (std::strcmp(name.c_str(), each) == 0) return index;
+      known += (index++ ? ", " : "") + std::string(each);
+    }
+    fail(kInvalidGraph, std::string(key) + ": expected one of " + known + ", got " + name.c_str());
   }
 
   // Tuning for images of this size; all zero if there is none.
@@ -276,8 +291,8 @@ class Node {
     size_t bytes = 0;
     tk_conv2d s{};
     if (is_conv_) {
-      s = {channels(), size[0],  size[1],  shape_[0], shape_[2],     shape_[3],     strides_[0], strides_[1],
-           pads_[0],   pads_[1], pads_[2], pads_[3],  dilations_[0], dilations_[1], group_};
+      s = {channels(), size[0],  size[1],  shape_[0],     shape_[2],     shape_[3], strides_[0], strides_[1], pads_[0],
+           pads_[1],   pads_[2], pads_[3], dilations_[0], dilations_[1], group_,    x_layout_,   y_layout_};
     }
     const tk_tuning cut = is_conv_ ? tuning(size) : tk_tuning{};
     tk_status status =
@@ -295,6 +310,7 @@ class Node {
   const int64_t threads_;
   int32_t isa_ = 0;
   int64_t group_ = 1;
+  int32_t x_layout_ = TK_PLANES, y_layout_ = TK_PLANES;
   tk_format format_ = TK_CSR;
   std::vector<int64_t> shape_, strides_, pads_, dilations_, tuning_;
   float min_ = -std::numeric_limits<float>::infinity(), max_ = std::numeric_limits<float>::infinity();

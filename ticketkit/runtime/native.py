@@ -26,6 +26,7 @@ from ticketkit.formats import Parts
 FloatArray = NDArray[np.float32]
 ALIGNMENT = 64  # bytes, TK_ALIGNMENT
 _FORMATS = {"csr": 0, "bsr": 1}  # tk_format
+_LAYOUTS = {"planes": 0, "csr": 1, "bsr": 2}  # tk_layout
 _FORMAT_STATUSES = range(3, 7)  # TK_BAD_VALUES … TK_BAD_GAPS: the weight is at fault, not the call
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 
@@ -42,7 +43,10 @@ class Isa:
 
 @dataclass(frozen=True)
 class ConvShape:
-    """Geometry of a convolution, in the order of `tk_conv2d`; sizes in pixels. `groups` is 1, or all channels: depthwise."""
+    """Geometry of a convolution, in the order of `tk_conv2d`; sizes in pixels. `groups` is 1, or all channels: depthwise.
+
+    The layouts, of x and of output and residual, are "planes", C order, or "csr" and "bsr": `to_tiles`.
+    """
 
     in_channels: int
     in_h: int
@@ -59,6 +63,8 @@ class ConvShape:
     dilation_h: int = 1
     dilation_w: int = 1
     groups: int = 1
+    x_layout: str = "planes"
+    y_layout: str = "planes"
 
     @property
     def cols(self) -> int:
@@ -104,6 +110,7 @@ _SIGNATURES: dict[str, tuple[Any, Sequence[Any]]] = {
     "tk_kernel_name": (c.c_char_p, [c.c_int32]),
     "tk_csr_validate": (c.c_int, [c.POINTER(_Csr)]),
     "tk_gaps_decode": (c.c_int, [c.c_int64, c.c_int64, c.c_int64, c.c_void_p, c.c_void_p, c.c_void_p]),
+    "tk_tile_pixels": (c.c_int64, [c.c_int, c.c_int64, c.c_int32]),
     "tk_stored_values": (c.c_int64, [c.POINTER(_Csr), c.c_int]),
     "tk_conv2d_packed_bytes": (
         c.c_int, [c.POINTER(_Conv2d), c.POINTER(_Csr), c.c_int, c.c_int32, c.POINTER(_Tuning), c.POINTER(c.c_size_t)]),
@@ -272,10 +279,10 @@ def _csr(rows: int, cols: int, parts: Parts) -> _Csr:
     return _Csr(rows, cols, len(values), values.ctypes.data, col_indices.ctypes.data, row_ptr.ctypes.data)
 
 
-def _format(name: str) -> int:
-    if name not in _FORMATS:
-        raise KernelError(f"unknown packed format {name!r}; expected one of {', '.join(_FORMATS)}")
-    return _FORMATS[name]
+def _named(what: str, name: str, numbers: dict[str, int]) -> int:
+    if name not in numbers:
+        raise KernelError(f"unknown {what} {name!r}; expected one of {', '.join(numbers)}")
+    return numbers[name]
 
 
 def _isa_index(isa: str | None) -> int:
@@ -306,8 +313,10 @@ def conv2d(
     depthwise convolutions.
     `isa` defaults to the active one. Raises FormatError, KernelError.
     """
-    tk, csr, geometry = _library(), _csr(shape.out_channels, shape.cols, parts), _Conv2d(*astuple(shape))
-    index, form, size = _isa_index(isa), _format(format), c.c_size_t()
+    tk, csr = _library(), _csr(shape.out_channels, shape.cols, parts)
+    layouts = [_named("layout", name, _LAYOUTS) for name in (shape.x_layout, shape.y_layout)]
+    geometry = _Conv2d(*astuple(shape)[: -len(layouts)], *layouts)
+    index, form, size = _isa_index(isa), _named("packed format", format, _FORMATS), c.c_size_t()
     cut = _Tuning(*astuple(tuning or Tuning()))
     _check(tk.tk_conv2d_packed_bytes(geometry, csr, form, index, cut, size), "conv2d")
     packed = aligned(size.value)
@@ -320,7 +329,7 @@ def gemm(rows: int, cols: int, parts: Parts, *, format: str = "csr", isa: str | 
 
     `format` as in `conv2d`. Raises FormatError, KernelError.
     """
-    tk, csr, index, form, size = _library(), _csr(rows, cols, parts), _isa_index(isa), _format(format), c.c_size_t()
+    tk, csr, index, form, size = _library(), _csr(rows, cols, parts), _isa_index(isa), _named("packed format", format, _FORMATS), c.c_size_t()
     _check(tk.tk_gemm_packed_bytes(csr, form, index, size), "gemm")
     packed = aligned(size.value)
     _check(tk.tk_gemm_pack(csr, form, index, packed.ctypes.data, size.value), "gemm")
@@ -331,7 +340,34 @@ def stored_values(rows: int, cols: int, parts: Parts, format: str) -> int:
     """Values the packed form holds, zeros of half-full blocks included: nnz for "csr". Raises FormatError, KernelError."""
     csr = _csr(rows, cols, parts)
     _check(_library().tk_csr_validate(csr), "weight")
-    return int(_library().tk_stored_values(csr, _format(format)))
+    return int(_library().tk_stored_values(csr, _named("packed format", format, _FORMATS)))
+
+
+def to_tiles(images: FloatArray, layout: str, isa: str | None = None) -> FloatArray:
+    """Images f32 [N, C, H, W] in C order with their floats in that layout (`tk_layout`), of the same shape; `from_tiles` is the way back."""
+    flat = images.reshape(*images.shape[:2], -1)
+    pieces = [flat[:, :, piece].reshape(len(images), -1) for piece in _tiles(flat.shape[2], layout, isa)]
+    return np.ascontiguousarray(np.concatenate(pieces, axis=1)).reshape(images.shape)
+
+
+def from_tiles(images: FloatArray, layout: str, isa: str | None = None) -> FloatArray:
+    """Images f32 [N, C, H, W] in C order, of those that `to_tiles` or a layer wrote."""
+    n, channels, *size = images.shape
+    flat, pixels = images.reshape(n, -1), size[0] * size[1]
+    pieces = [
+        flat[:, channels * piece.start : channels * piece.stop].reshape(n, channels, -1) for piece in _tiles(pixels, layout, isa)
+    ]
+    return np.ascontiguousarray(np.concatenate(pieces, axis=2)).reshape(images.shape)
+
+
+def tile_pixels(layout: str, pixels: int, isa: str | None = None) -> int:
+    """Pixels of a tile of that layout in an image of so many; 0 for "planes"."""
+    return int(_library().tk_tile_pixels(_named("layout", layout, _LAYOUTS), pixels, _isa_index(isa)))
+
+
+def _tiles(pixels: int, layout: str, isa: str | None) -> list[slice]:
+    length = tile_pixels(layout, pixels, isa) or pixels
+    return [slice(at, min(at + length, pixels)) for at in range(0, pixels, length)]
 
 
 def gaps_decode(rows: int, cols: int, gaps: NDArray[np.uint16]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
