@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import onnxruntime
@@ -13,9 +14,13 @@ from ticketkit.errors import DataError, ModelError
 from ticketkit.exporters import get
 from ticketkit.formats import Array
 from ticketkit.lower import lower, operators, read
+from ticketkit.lower.batch import independent
 from ticketkit.lower.cleanup import reason
 from ticketkit.planner import Plan, plan
 from ticketkit.runtime import ort
+from ticketkit.runtime.streams import Streams, cores
+
+CPU = ["CPUExecutionProvider"]
 
 
 class InferenceSession:
@@ -23,6 +28,11 @@ class InferenceSession:
 
     A file of `ticketkit export` is loaded as it is. Any other ONNX file is exported in memory first, so that its sparse layers run
     sparse; where none would gain it runs as it is.
+
+    `run` cuts a batch of images into pieces, and each thread takes whole pieces instead of a share of every operator: the activations of a
+    few images stay in cache. That needs a sparse model known to treat images one by one (`ticketkit.lower.batch`) on the CPU, and no
+    sess_options. With more than one thread, the first batch of at least as many images makes a second onnxruntime session, hence a second
+    copy of the weights in memory. Outputs are those of the whole batch up to rounding, and the same from run to run.
 
     Attributes:
         plan: how each layer of a plain file is treated; None for a file that was exported before.
@@ -42,7 +52,8 @@ class InferenceSession:
 
         Args:
             path_or_bytes: an ONNX file, or its content.
-            sess_options: `onnxruntime.SessionOptions` to start from; the operators are added to it, so give each session its own.
+            sess_options: `onnxruntime.SessionOptions` to start from; the operators are added to it, so give each session its own. Batches
+                then run whole.
             providers: execution providers as in onnxruntime; the sparse operators run on the CPU. Default: the CPU alone.
             threads: threads within one operator; None: as sess_options say, else onnxruntime's default, one per core.
 
@@ -52,19 +63,18 @@ class InferenceSession:
         """
         if threads is not None and threads < 1:
             raise DataError(f"threads: expected 1 or more, got {threads}")
-        options = sess_options
-        if options is None:
-            options = onnxruntime.SessionOptions()
-            options.log_severity_level = 4  # whatever goes wrong is raised, and need not be printed as well
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        ort.register(options)
-        model, self.plan = _sparse(read(path_or_bytes))
+        options = _options(threads, sess_options)
+        model, self.plan, apart = _sparse(read(path_or_bytes))
+        load = partial(onnxruntime.InferenceSession, model, providers=list(providers or CPU))
         name = "model" if isinstance(path_or_bytes, bytes) else os.fspath(path_or_bytes)
         try:
-            self._session = onnxruntime.InferenceSession(model, options, providers=list(providers or ["CPUExecutionProvider"]))
+            self._session = load(options)
         except Exception as error:  # onnxruntime's own classes derive from Exception and have no common base
             raise ModelError(f"{name}: onnxruntime cannot load the model: {reason(error)}") from None
+        self._run = self._session.run
+        if apart and sess_options is None and self._session.get_providers() == CPU:
+            single = None if threads == 1 else lambda: load(_options(1))
+            self._run = Streams(self._session, threads or cores(), single).run
 
     def run(self, output_names: Sequence[str] | None, input_feed: Mapping[str, Array], run_options: Any = None) -> list[Any]:
         """Run the model on numpy arrays.
@@ -80,7 +90,7 @@ class InferenceSession:
         """
         self._check(output_names, input_feed)
         try:
-            outputs: list[Any] = self._session.run(output_names, dict(input_feed), run_options)
+            outputs: list[Any] = self._run(output_names, dict(input_feed), run_options)
         except Exception as error:  # onnxruntime's own classes derive from Exception and have no common base
             raise ModelError(f"onnxruntime cannot run the model: {reason(error)}") from None
         return outputs
@@ -110,10 +120,24 @@ class InferenceSession:
                 raise DataError(f"input {name!r}: expected float32, got {value.dtype}; convert it with .astype('float32')")
 
 
-def _sparse(model: ModelProto) -> tuple[bytes, Plan | None]:
-    """The bytes to load: of the model itself where it is sparse already or would not gain."""
+def _options(threads: int | None, start: Any = None) -> Any:
+    """Session options with the operators registered; `start` is changed, None for new ones."""
+    options = start
+    if options is None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # whatever goes wrong is raised, and need not be printed as well
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    ort.register(options)
+    return options
+
+
+def _sparse(model: ModelProto) -> tuple[bytes, Plan | None, bool]:
+    """The bytes to load, of the model itself where it is sparse already or would not gain; its plan; whether a batch may be cut."""
     if any(operators.nodes(model)):
-        return model.SerializeToString(), None
+        return model.SerializeToString(), None, independent(model)
     network = lower(model)
     chosen = plan(network)
-    return (get("onnx").encode(network, chosen) if chosen.sparse else model.SerializeToString()), chosen
+    if not chosen.sparse:
+        return model.SerializeToString(), chosen, False
+    return get("onnx").encode(network, chosen), chosen, independent(network.model)

@@ -130,13 +130,18 @@ def shapes(model: ModelProto, fixed: dict[str, tuple[int, ...]]) -> dict[str, tu
     for output in graph.output:  # not the declared shapes: they may hold for other inputs
         bare.graph.output.append(helper.make_empty_tensor_value_info(output.name))
     for tensor in graph.initializer:
-        if prod(tensor.dims) <= SHAPE_DATA:
-            bare.graph.initializer.append(tensor)
-        else:  # only its shape matters; the weights stay where they are
-            bare.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        declare(bare.graph, tensor)
     inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True)
     known = [*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output]
     return {info.name: shape for info in known if (shape := dims(info)) is not None}
+
+
+def declare(graph: GraphProto, tensor: TensorProto) -> None:
+    """Adds a constant to a graph made for shape inference: of large ones only the shape, their weights stay where they are."""
+    if prod(tensor.dims) <= SHAPE_DATA:
+        graph.initializer.append(tensor)
+    else:
+        graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
 
 
 def _reads(node: NodeProto) -> Iterator[str]:
