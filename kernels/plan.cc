@@ -76,6 +76,12 @@ Phases::Phases(int64_t kernel, int64_t stride_, int64_t dilation_, int64_t tile,
   if (shared > taps * tile) count = period = taps;
 }
 
+int64_t Phases::longest_reach() const {
+  int64_t longest = 0;
+  for (int64_t k = 0; k < count; ++k) longest = larger(longest, reach(k));
+  return longest;
+}
+
 Phases row_phases(const Packed& p) {
   const tk_conv2d& s = p.shape;
   return Phases(s.kernel_h, s.stride_h, s.dilation_h, p.tile_floats(), p.pitch);
@@ -94,7 +100,8 @@ tk_status plan_strips(Packed* p, Strip* strips) {
   int64_t at = 0;
   for (int64_t i = 0; i < p->strip_count; ++i) {
     const int64_t column = i / rows.count, k = i % rows.count;
-    const int64_t halo = round_up(rows.reach(k) * p->pitch, p->lanes), out_w = p->out_w + columns.reach(column);
+    const int64_t end_of_row = is_depthwise(s) ? 0 : columns.reach(column);  // where a tile ends within one
+    const int64_t halo = round_up(rows.reach(k) * p->pitch + end_of_row, p->lanes), out_w = p->out_w + columns.reach(column);
     const int64_t length = p->group_tiles * p->tile_floats() + halo;
     if (length > kMaxBlockFloats - at) return TK_TOO_LARGE;
     if (strips) {
@@ -130,6 +137,16 @@ int64_t choose_pitch(const tk_conv2d& s, const Packed& p) {
     }
   }
   return best;
+}
+
+// Strips that the columns of a window share are fewer to fill and to hold in L1, but the loads from them are not aligned: worth it for
+// blocks, which use a vector for four rows, and for single rows where a stride leaves few taps to a strip. Rows get longer by the reach.
+void share_columns(Packed* p) {
+  const double longer = p->unit_rows > 1 ? 1.2 : p->shape.stride_w > 1 ? 1 : 0;
+  Packed shared = *p;
+  shared.tile_w = p->out_w;
+  shared.pitch = larger(p->pitch, round_up(p->out_w + column_phases(shared).longest_reach(), p->lanes));
+  if (p->shape.kernel_w > 1 && static_cast<double>(shared.pitch) <= longer * static_cast<double>(p->pitch)) *p = shared;
 }
 
 // Cuts the pixels into tiles of whole vectors: of so many, or as many as are good; of those of x where they can be read in place.
@@ -176,10 +193,7 @@ tk_status plan_depthwise(Packed* p) {
   p->tile_w = p->out_w;
   int64_t tile_h = p->out_h;
   for (;;) {
-    const Phases columns = column_phases(*p);
-    int64_t reach = 0;
-    for (int64_t k = 0; k < columns.count; ++k) reach = larger(reach, columns.reach(k));
-    p->pitch = round_up(p->tile_w + reach, p->lanes);
+    p->pitch = round_up(p->tile_w + column_phases(*p).longest_reach(), p->lanes);
     tk_status status = TK_TOO_LARGE;
     if (tile_h * p->pitch <= kMaxBlockFloats) {
       p->tile_vectors = i32(tile_h * p->pitch / p->lanes);
@@ -218,6 +232,7 @@ tk_status plan_conv2d(const tk_conv2d& s, const tk_csr& w, tk_format format, int
   p->x_tile = tile_pixels(static_cast<tk_layout>(s.x_layout), s.in_h * s.in_w, isa);
   p->y_tile = tile_pixels(static_cast<tk_layout>(s.y_layout), p->out_h * p->out_w, isa);
   p->pitch = choose_pitch(s, *p);
+  share_columns(p);
   cut_tiles(tuning.tile_vectors, p);
   tk_status status = cut_blocks(tuning, p);
   while (status == TK_TOO_LARGE && p->tile_vectors > 1 && !tuning.tile_vectors) {  // huge windows: narrower tiles

@@ -16,14 +16,14 @@ struct Phases {
   int64_t shift(int64_t i) const { return i * dilation / stride; }
   int64_t shift_in_strip(int64_t i) const { return shift(i) - shift(i % period); }
   int64_t reach(int64_t k) const { return shift(k + (taps - 1 - k) / period * period) - shift(k); }  // of the last tap that shares with k
+  int64_t longest_reach() const;
 
   int64_t taps, stride, dilation, period, count;
 };
 
 Phases row_phases(const Packed& p);
 
-// A convolution over all channels (tile_w 0) has strips for every column, so that loads stay aligned; depthwise would spend its time
-// filling them.
+// With tile_w 0 every column of a window has strips of its own, so that loads stay aligned.
 Phases column_phases(const Packed& p);
 
 // Places the strips of one channel behind each other, kernel columns outside, row phases inside; writes them where `strips` is not null.
