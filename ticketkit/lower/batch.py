@@ -137,8 +137,8 @@ def _cast(walk: _Walk, node: NodeProto) -> str | None:
 
 
 def _sparse(walk: _Walk, node: NodeProto) -> str | None:
-    """Input 4 is the residual, of the shape of the output."""
-    apart = walk.kind(node, 0) == BATCH and walk.free(node, 1, 4)
+    """Images, their weight in three parts, and the residual, of the shape of the output."""
+    apart = walk.kind(node, 0) == BATCH and walk.free(node, 1, 4) and len(node.input) < 6 and _only(node)
     return BATCH if apart and (len(node.input) < 5 or walk.kind(node, 4) == BATCH) else None
 
 
