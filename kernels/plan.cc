@@ -8,6 +8,7 @@ namespace {
 
 constexpr int64_t kMaxDim = int64_t{1} << 24;      // of images, windows, strides, paddings: keeps every product in 64 bits
 constexpr int64_t kBlockBytes = 32 * 1024;         // strips of one block that a tile reads: about L1 (kernels/README.md)
+constexpr int64_t kWideBlockBytes = 96 * 1024;     // the same of blocks of a pointwise layer
 constexpr int64_t kGroupBytes = 96 * 1024;         // strips of one block filled at once: a part of L2
 constexpr int64_t kAccumulatorBytes = 192 * 1024;  // accumulators that wait between blocks: another part of L2
 constexpr int64_t kDepthwiseBytes = 24 * 1024;     // strips of one channel's tile: most of L1
@@ -65,7 +66,9 @@ Packed header(Kernel csr, Kernel bsr, tk_format format, int32_t isa, const tk_cs
 }  // namespace
 
 int64_t tile_pixels(tk_layout layout, int64_t pixels, int32_t isa) {
-  return layout == TK_PLANES ? 0 : even_vectors(pixels, layout == TK_CSR_TILES ? 1 : kBlockRows, isa) * tk_isa_lanes(isa);
+  if (layout == TK_PLANES) return 0;
+  const int64_t tile = even_vectors(pixels, layout == TK_CSR_TILES ? 1 : kBlockRows, isa) * tk_isa_lanes(isa);
+  return tile > pixels ? 0 : tile;  // a single tile, shorter: planes
 }
 
 Phases::Phases(int64_t kernel, int64_t stride_, int64_t dilation_, int64_t tile, int64_t pitch)
@@ -164,7 +167,8 @@ tk_status cut_blocks(const tk_tuning& tuning, Packed* p) {
   const int64_t channels = p->shape.in_channels;
   int64_t block = tuning.block_channels;
   if (block == 0) {
-    block = clamp(kBlockBytes / 4 / p->channel_floats, 1, channels);
+    const bool wide = p->unit_rows > 1 && p->strip_count == 1;  // a vector serves four rows: L2 is near enough
+    block = clamp((wide ? kWideBlockBytes : kBlockBytes) / 4 / p->channel_floats, 1, channels);
     block = ceil_div(channels, ceil_div(channels, block));
   }
   p->block_channels = clamp(block, 1, channels < kMaxBlockFloats / p->channel_floats ? channels : kMaxBlockFloats / p->channel_floats);

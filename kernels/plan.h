@@ -29,7 +29,7 @@ Phases column_phases(const Packed& p);
 // Places the strips of one channel behind each other, kernel columns outside, row phases inside; writes them where `strips` is not null.
 tk_status plan_strips(Packed* p, Strip* strips);
 
-// Pixels of a tile in memory; 0 for TK_PLANES.
+// Pixels of a tile in memory; 0 for planes.
 int64_t tile_pixels(tk_layout layout, int64_t pixels, int32_t isa);
 
 // Fill the header. Sizes depend on shape, stored values, ISA and tuning only.

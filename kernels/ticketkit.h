@@ -80,14 +80,15 @@ TK_API tk_status tk_gaps_decode(int64_t rows, int64_t cols, int64_t nnz, const u
 
 // The order of an image's floats in memory. TK_PLANES is NCHW. The others keep together what a tile of a 1x1 convolution reads: the flat
 // pixels of an image [C,H,W] are cut into tiles of T = tk_tile_pixels(), the last one shorter; tile after tile, in each the channels one
-// after the other. Pixel p of channel c is at (p - p % T) * C + c * length of the tile + p % T. As many floats as in NCHW.
+// after the other. Pixel p of channel c is at (p - p % T) * C + c * length of the tile + p % T. As many floats as in NCHW, and the same
+// where one tile holds all pixels.
 typedef enum tk_layout {
   TK_PLANES = 0,
   TK_CSR_TILES = 1,  // the tiles that a convolution in TK_CSR has
   TK_BSR_TILES = 2   // the tiles that one in TK_BSR has
 } tk_layout;
 
-// Pixels of a tile of that layout in an image of so many; 0 for TK_PLANES and where an argument is out of range.
+// Pixels of a tile of that layout in an image of so many; 0 where the layout is NCHW, and where an argument is out of range.
 TK_API int64_t tk_tile_pixels(tk_layout layout, int64_t pixels, int32_t isa);
 
 // y[n,m,oh,ow] = clip(bias[m] + residual[n,m,oh,ow] + sum_{c,i,j} w[m,c,i,j] * x[n, c, oh*stride_h - pad_top + i*dilation_h,

@@ -126,9 +126,8 @@ def test_layouts_name_every_float_once() -> None:
 
 @pytest.mark.parametrize("layout", ["tiles", ""])
 def test_conv2d_refuses_unknown_layouts(layout: str) -> None:
-    with pytest.raises(KernelError, match="unknown layout .*; expected one of planes, csr, bsr"):
+    with pytest.raises(KernelError, match=r"unknown layout .*; expected one of planes, csr, bsr"):
         native.conv2d(ConvShape(1, 1, 1, 1, 1, 1, x_layout=layout), csr.pack(np.ones((1, 1, 1, 1), np.float32)))
-
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -114,5 +114,5 @@ def _ratio(a: Run, b: Run, backwards: bool) -> float:
 def _shape(layer: Layer) -> ConvShape:
     assert layer.x_shape is not None
     m, c, kh, kw = layer.weight.shape
-    window = [*layer.window["strides"], *layer.window["pads"], *layer.window["dilations"]]
+    window: Any = [*layer.window["strides"], *layer.window["pads"], *layer.window["dilations"]]
     return ConvShape(c, layer.x_shape[2], layer.x_shape[3], m, kh, kw, *window)

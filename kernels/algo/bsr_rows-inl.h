@@ -34,8 +34,9 @@ struct BsrRows {
       }
       bsr_unit<V>(t.values + kBlockRows * at, t.offsets + at, end - at, x, acc);
       at = end;
-      for (int64_t r = 0; r < (Last ? rows : kBlockRows); ++r) {
+      TK_UNROLL for (int r = 0; r < kBlockRows; ++r) {
         if constexpr (Last) {
+          if (r == rows) break;
           float* const y = t.y + (m + r) * t.y_stride;
           write_row<V>(t, m + r, y, t.residual ? y + to_residual : nullptr, acc[r]);
         } else {

@@ -15,6 +15,7 @@ from ticketkit.errors import ExportError
 from ticketkit.exporters._check import require_equal
 from ticketkit.formats import Array, gaps
 from ticketkit.lower import Fused, Graph, Network, operators, read
+from ticketkit.lower.layouts import layouts
 from ticketkit.lower.reader import digest, opset
 from ticketkit.planner import Plan
 
@@ -59,6 +60,7 @@ def finish(model: ModelProto) -> bytes:
 def _sparse(network: Network, chosen: Mapping[str, operators.Execution]) -> ModelProto:
     source = network.model
     fused = {f.absorbed[-1]: f for f in network.fuse(layer for layer in network.layers if layer.name in chosen)}
+    executions = layouts(network.graph, tuple(fused.values()), chosen)
     absorbed = {at for f in fused.values() for at in f.absorbed}
     staying = [node for at, node in enumerate(source.graph.node) if at not in absorbed]
     needed = _reads(staying, source)
@@ -67,7 +69,7 @@ def _sparse(network: Network, chosen: Mapping[str, operators.Execution]) -> Mode
     nodes = []
     for at, node in enumerate(source.graph.node):
         if at in fused:
-            nodes.append(_sparse_node(fused[at], chosen[fused[at].layer.name], constants))
+            nodes.append(_sparse_node(fused[at], executions[fused[at].layer.name], constants))
         elif at not in absorbed:
             nodes.append(node)
     used = sorted({n.op_type for n in nodes if n.domain == operators.DOMAIN})

@@ -8,7 +8,9 @@ Everything else is float32. Attributes: ``weight_shape`` [M,C,kh,kw] or [M,K], `
 1 (also where it is absent, as in older files) or C for a depthwise W [C,1,kh,kw]. W is gap-coded (`ticketkit.formats.gaps`). How a library
 should run it is said by ``format`` "csr" (default) or "bsr" (not for depthwise), the form the weight is packed in, and for SparseConv
 ``tuning`` [6]: how it is cut up on vectors of so many lanes and images of such height and width (tile_vectors, block_channels, group_tiles
-of kernels/ticketkit.h); zeros leave it to the library, other lanes and images too.
+of kernels/ticketkit.h); zeros leave it to the library, other lanes and images too. ``x_layout`` and ``y_layout`` "planes" (default), "csr"
+or "bsr" give the order of the floats of X, and of Y and Z, in memory (tk_layout of the same header; `ticketkit.lower.layouts`): both ends
+of a tensor must agree, and whoever reads it from outside gets them in that order. They mean nothing to the function body.
 
 An operator has one function body, so each body has an operator of its own: the name is SparseConv or SparseGemm + ("Add" if Z) +
 ("" | "Relu" | "Clip"), such as SparseConvAddRelu. (ONNX has overloads for this, but onnxruntime ignores them before 1.27.)
@@ -40,6 +42,7 @@ DIGEST = "ticketkit.sha256"  # metadata key: hash of the whole model, by which `
 OWN = ("ticketkit.version", DIGEST)  # metadata of the file that was read, not of what is made from it
 WINDOW = ("strides", "pads", "dilations")
 PACKED = ("csr", "bsr")
+LAYOUTS = ("planes", *PACKED)
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,13 @@ class Execution:
     Attributes:
         format: the form its weight is packed in, of `PACKED`.
         tuning: (lanes, image height, image width, tile_vectors, block_channels, group_tiles), zeros for the library's choice.
+        x_layout, y_layout: of its input, and of its output and residual, of `LAYOUTS`.
     """
 
     format: str = "csr"
     tuning: tuple[int, ...] = (0,) * 6
+    x_layout: str = "planes"
+    y_layout: str = "planes"
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,8 @@ def make_node(
 ) -> NodeProto:
     """A node of this domain, `op` being SparseConv or SparseGemm; inputs are X, values, gaps, B, to which the residual is appended."""
     clip = {"min": epilogue.low, "max": epilogue.high} if epilogue.activation == "Clip" else {}
-    conv = {"tuning": list(execution.tuning), "group": group} if op == CONV else {}
+    layouts = {"x_layout": execution.x_layout, "y_layout": execution.y_layout}
+    conv = {"tuning": list(execution.tuning), "group": group, **layouts} if op == CONV else {}
     operands = [*inputs, epilogue.residual] if epilogue.residual else list(inputs)
     return helper.make_node(
         op + epilogue.suffix, operands, [output], name=name, domain=DOMAIN, weight_shape=list(shape), numel=[prod(shape)],
@@ -132,7 +139,7 @@ def function(name: str, opset: int) -> FunctionProto:
         product = helper.make_node("Conv", ["X", "W", "B"], ["product"])
         product.attribute.extend(_reference(key, key, AttributeProto.INTS) for key in WINDOW)
         product.attribute.append(_reference("group", "group", AttributeProto.INT))
-        attributes += ["tuning", *WINDOW, "group"]
+        attributes += ["tuning", *WINDOW, "group", "x_layout", "y_layout"]
     else:
         product = helper.make_node("Gemm", ["X", "W", "B"], ["product"], transB=1)
     nodes.append(product)
@@ -220,11 +227,18 @@ def _decode(node: NodeProto, constants: dict[str, onnx.TensorProto]) -> Sparse:
 
 def _execution(attributes: dict[str, Any]) -> Execution:
     default = Execution()
-    form = attributes.get("format", default.format.encode())
-    if form not in {name.encode() for name in PACKED}:
-        raise FormatError(f"format: expected one of {', '.join(PACKED)}, got {form!r}")
+    form = _name(attributes, "format", PACKED)
     tuning = _ints(attributes, "tuning", 6, 0) if "tuning" in attributes else default.tuning
-    return Execution(form.decode(), tuple(tuning))
+    return Execution(form, tuple(tuning), _name(attributes, "x_layout", LAYOUTS), _name(attributes, "y_layout", LAYOUTS))
+
+
+def _name(attributes: dict[str, Any], key: str, names: Sequence[str]) -> str:
+    """One of the names, the first where the attribute is absent."""
+    value = attributes.get(key, names[0].encode())
+    for name in names:
+        if value == name.encode():
+            return name
+    raise FormatError(f"{key}: expected one of {', '.join(names)}, got {value!r}")
 
 
 def _epilogue(attributes: dict[str, Any], residual: str) -> Epilogue:

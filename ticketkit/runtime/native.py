@@ -113,9 +113,10 @@ _SIGNATURES: dict[str, tuple[Any, Sequence[Any]]] = {
     "tk_tile_pixels": (c.c_int64, [c.c_int, c.c_int64, c.c_int32]),
     "tk_stored_values": (c.c_int64, [c.POINTER(_Csr), c.c_int]),
     "tk_conv2d_packed_bytes": (
-        c.c_int, [c.POINTER(_Conv2d), c.POINTER(_Csr), c.c_int, c.c_int32, c.POINTER(_Tuning), c.POINTER(c.c_size_t)]),
-    "tk_conv2d_pack": (
-        c.c_int, [c.POINTER(_Conv2d), c.POINTER(_Csr), c.c_int, c.c_int32, c.POINTER(_Tuning), c.c_void_p, c.c_size_t]),
+        c.c_int,
+        [c.POINTER(_Conv2d), c.POINTER(_Csr), c.c_int, c.c_int32, c.POINTER(_Tuning), c.POINTER(c.c_size_t)],
+    ),
+    "tk_conv2d_pack": (c.c_int, [c.POINTER(_Conv2d), c.POINTER(_Csr), c.c_int, c.c_int32, c.POINTER(_Tuning), c.c_void_p, c.c_size_t]),
     "tk_gemm_packed_bytes": (c.c_int, [c.POINTER(_Csr), c.c_int, c.c_int32, c.POINTER(c.c_size_t)]),
     "tk_gemm_pack": (c.c_int, [c.POINTER(_Csr), c.c_int, c.c_int32, c.c_void_p, c.c_size_t]),
     "tk_parts": (c.c_int64, [c.c_void_p, c.c_int64]),
@@ -174,9 +175,7 @@ def version() -> str:
 def isas() -> list[Isa]:
     """The instruction sets of this build, slowest first; "scalar" is always there and always usable."""
     tk = _library()
-    return [
-        Isa(i, tk.tk_isa_name(i).decode(), bool(tk.tk_isa_usable(i)), tk.tk_isa_lanes(i)) for i in range(tk.tk_isa_count())
-    ]
+    return [Isa(i, tk.tk_isa_name(i).decode(), bool(tk.tk_isa_usable(i)), tk.tk_isa_lanes(i)) for i in range(tk.tk_isa_count())]
 
 
 def active_isa() -> Isa:
@@ -304,9 +303,7 @@ class Tuning:
     group_tiles: int = 0
 
 
-def conv2d(
-    shape: ConvShape, parts: Parts, *, format: str = "csr", isa: str | None = None, tuning: Tuning | None = None
-) -> Layer:
+def conv2d(shape: ConvShape, parts: Parts, *, format: str = "csr", isa: str | None = None, tuning: Tuning | None = None) -> Layer:
     """Packs a convolution whose weight [out_channels, in_channels / groups, kernel_h, kernel_w] is given as CSR arrays (formats/csr.py).
 
     `format` is the form it is packed in: "csr", or "bsr" for blocks of 4 output channels, whatever zeros those then hold, but for
@@ -329,7 +326,8 @@ def gemm(rows: int, cols: int, parts: Parts, *, format: str = "csr", isa: str | 
 
     `format` as in `conv2d`. Raises FormatError, KernelError.
     """
-    tk, csr, index, form, size = _library(), _csr(rows, cols, parts), _isa_index(isa), _named("packed format", format, _FORMATS), c.c_size_t()
+    tk, csr, index, size = _library(), _csr(rows, cols, parts), _isa_index(isa), c.c_size_t()
+    form = _named("packed format", format, _FORMATS)
     _check(tk.tk_gemm_packed_bytes(csr, form, index, size), "gemm")
     packed = aligned(size.value)
     _check(tk.tk_gemm_pack(csr, form, index, packed.ctypes.data, size.value), "gemm")
@@ -344,7 +342,7 @@ def stored_values(rows: int, cols: int, parts: Parts, format: str) -> int:
 
 
 def to_tiles(images: FloatArray, layout: str, isa: str | None = None) -> FloatArray:
-    """Images f32 [N, C, H, W] in C order with their floats in that layout (`tk_layout`), of the same shape; `from_tiles` is the way back."""
+    """Images f32 [N, C, H, W] in C order with their floats in that layout (`tk_layout`); `from_tiles` is the way back."""
     flat = images.reshape(*images.shape[:2], -1)
     pieces = [flat[:, :, piece].reshape(len(images), -1) for piece in _tiles(flat.shape[2], layout, isa)]
     return np.ascontiguousarray(np.concatenate(pieces, axis=1)).reshape(images.shape)
@@ -354,14 +352,12 @@ def from_tiles(images: FloatArray, layout: str, isa: str | None = None) -> Float
     """Images f32 [N, C, H, W] in C order, of those that `to_tiles` or a layer wrote."""
     n, channels, *size = images.shape
     flat, pixels = images.reshape(n, -1), size[0] * size[1]
-    pieces = [
-        flat[:, channels * piece.start : channels * piece.stop].reshape(n, channels, -1) for piece in _tiles(pixels, layout, isa)
-    ]
+    pieces = [flat[:, channels * piece.start : channels * piece.stop].reshape(n, channels, -1) for piece in _tiles(pixels, layout, isa)]
     return np.ascontiguousarray(np.concatenate(pieces, axis=2)).reshape(images.shape)
 
 
 def tile_pixels(layout: str, pixels: int, isa: str | None = None) -> int:
-    """Pixels of a tile of that layout in an image of so many; 0 for "planes"."""
+    """Pixels of a tile of that layout in an image of so many; 0 where it is that of planes."""
     return int(_library().tk_tile_pixels(_named("layout", layout, _LAYOUTS), pixels, _isa_index(isa)))
 
 
