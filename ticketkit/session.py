@@ -31,7 +31,7 @@ class InferenceSession:
 
     `run` cuts a batch of images into pieces, and each thread takes whole pieces instead of a share of every operator: the activations of a
     few images stay in cache. That needs a sparse model known to treat images one by one (`ticketkit.lower.batch`) on the CPU, and no
-    sess_options. With more than one thread, the first batch of at least as many images makes a second onnxruntime session, hence a second
+    sess_options. With more than one thread, the first batch that is cut makes a second onnxruntime session, hence a second
     copy of the weights in memory. Outputs are those of the whole batch up to rounding, and the same from run to run.
 
     Attributes:

@@ -10,8 +10,6 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,10 @@ import numpy as np
 
 from ticketkit.formats import Array
 
-# Of inputs, measured on ResNet-20 at 32 x 32, 12 KiB an image: on two threads pieces of 1 to 3 images cost more in calls and wake-ups than
-# they save, those of 4 and more gain, those of 8 to 64 alike. At 224 x 224 single images are best, or as good as two.
-PIECE_BYTES, LEAST_BYTES = 256 * 1024, 48 * 1024
+# Of inputs. Measured on two threads: ResNet-20 at 32 x 32, 12 KiB an image, loses with streams of 4 or 8 images and gains with 32, in pieces
+# of 8 to 64 alike; at 224 x 224, 588 KiB, single images are best or as good as two, and batches of 8 gain.
+PIECE_BYTES = 256 * 1024
+IDLE = 8  # a cut gains 1.1 to 1.3 times: no more than this part of it may be lost to streams without work
 
 
 class Streams:
@@ -52,21 +51,20 @@ class Streams:
         """
         arrays = [value for value in feed.values() if isinstance(value, np.ndarray) and value.ndim > 0]
         batch = len(arrays[0]) if len(arrays) == len(feed) > 0 else 0
-        parts, rest = [slice(0, batch)], 0
+        parts: list[slice] = []
         if batch > 1 and all(len(array) == batch for array in arrays):
-            parts, rest = pieces(batch, sum(array.nbytes for array in arrays) // batch, self._threads)
+            parts = pieces(batch, sum(array.nbytes for array in arrays) // batch, self._threads)
         if len(parts) < 2:
             whole: list[Any] = self._session.run(output_names, dict(feed), run_options)
             return whole
 
-        def work(session: Any, part: slice) -> list[Any]:
-            outputs: list[Any] = session.run(output_names, {name: value[part] for name, value in feed.items()}, run_options)
+        single = self._one_thread()
+
+        def work(part: slice) -> list[Any]:
+            outputs: list[Any] = single.run(output_names, {name: value[part] for name, value in feed.items()}, run_options)
             return outputs
 
-        one = partial(work, self._one_thread())
-        results = [one(part) for part in parts] if self._pool is None else _all(self._pool, one, parts)
-        if rest:
-            results.append(work(self._session, slice(batch - rest, batch)))  # last, as onnxruntime's threads spin for a while afterwards
+        results = [work(part) for part in parts] if self._pool is None else _all(self._pool, work, parts)
         return [np.concatenate(outputs) for outputs in zip(*results, strict=True)]
 
     def _one_thread(self) -> Any:
@@ -77,7 +75,7 @@ class Streams:
         return self._single
 
 
-def pieces(batch: int, image_bytes: int, threads: int) -> tuple[list[slice], int]:
+def pieces(batch: int, image_bytes: int, threads: int) -> list[slice]:
     """How a batch is cut.
 
     Args:
@@ -86,16 +84,16 @@ def pieces(batch: int, image_bytes: int, threads: int) -> tuple[list[slice], int
         threads: streams, 1 or more.
 
     Returns:
-        The pieces for the streams, as many for each, all within one image of each other and within `PIECE_BYTES` or one image; and how
-        many images, fewer than `threads`, are left at the end. No pieces, and all left, where a stream would get less than `LEAST_BYTES`.
+        The pieces, in order, of sizes that differ by at most one, within `PIECE_BYTES` or of one image. None where cutting would not gain:
+        the streams would get less than `PIECE_BYTES` or two images each, or some would have to wait for others more than an eighth of the
+        time.
     """
-    each, rest = divmod(batch, threads)
-    if each * image_bytes < LEAST_BYTES:
-        return [], batch
-    most = min(max(PIECE_BYTES // image_bytes, 1), each)
-    count = threads * -(-each // most)
-    ends = [i * (batch - rest) // count for i in range(count + 1)]
-    return [slice(a, b) for a, b in pairwise(ends)], rest
+    each, idle = batch // threads, -batch % threads
+    if each * image_bytes < PIECE_BYTES or each < 2 or idle * IDLE > batch:
+        return []
+    most = max(PIECE_BYTES // image_bytes, 1)
+    count = min(threads * -(-batch // (threads * most)), batch)
+    return [slice(i * batch // count, (i + 1) * batch // count) for i in range(count)]
 
 
 def cores() -> int:
