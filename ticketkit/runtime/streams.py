@@ -17,7 +17,7 @@ import numpy as np
 
 from ticketkit.formats import Array
 
-# Of inputs. Measured on two threads: ResNet-20 at 32 x 32, 12 KiB an image, loses with streams of 4 or 8 images and gains with 32, in pieces
+# Of inputs. Measured, two threads: ResNet-20 at 32 x 32, 12 KiB an image, loses with streams of 4 or 8 images and gains with 32, in pieces
 # of 8 to 64 alike; at 224 x 224, 588 KiB, single images are best or as good as two, and batches of 8 gain.
 PIECE_BYTES = 256 * 1024
 IDLE = 8  # a cut gains 1.1 to 1.3 times: no more than this part of it may be lost to streams without work
