@@ -40,7 +40,8 @@ def test_nothing_is_sparse_where_too_little_is_zero(sparsity: float) -> None:
 @pytest.mark.parametrize("sparsity", [0.8, 0.9, 0.98, 1.0])
 def test_large_and_sparse_is_sparse(sparsity: float) -> None:
     chosen = choice(one_conv(sparsity))
-    assert (chosen.format, chosen.kernel) == ("csr", "conv2d_csr_f32")
+    assert chosen.format in ({"csr"} if sparsity < 1 else {"csr", "bsr"})  # without non-zeros both forms hold nothing
+    assert chosen.kernel == f"conv2d_{chosen.format}_f32"
     assert chosen.chosen_us is not None and chosen.dense_us is not None and chosen.chosen_us < chosen.dense_us
 
 
@@ -129,6 +130,22 @@ def test_changing_order_between_layers_is_counted(monkeypatch: pytest.MonkeyPatc
     assert plan(network).sparse
     monkeypatch.setattr("ticketkit.cost.reorder_us", lambda elements: 1e9)
     assert not plan(network).sparse
+
+
+def test_neighbours_of_unlike_formats_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles fit one format: a pointwise layer takes that of its neighbour where gathering is dear; another window gathers anyway."""
+    faster = {("a", "csr"): 10.0, ("a", "bsr"): 9.0, ("b", "csr"): 8.0, ("b", "bsr"): 10.0}
+    monkeypatch.setattr("ticketkit.cost.predict_us", lambda layer, format: faster.get((layer.name, format), 100.0))
+
+    def formats_chosen(size: int, gather_us: float) -> list[str]:
+        monkeypatch.setattr("ticketkit.cost.gather_us", lambda x_shape: gather_us)
+        weights = {"v": pruned((16, 16, 1, 1), 0.9), "w": pruned((16, 16, size, size), 0.9)}
+        nodes = [node("Conv", "x v", "m", name="a"), node("Conv", "m w", "y", name="b")]
+        return [c.format for c in plan(lower(graph(nodes, {"x": ["N", 16, 28, 28]}, ["y"], weights))).choices]
+
+    assert formats_chosen(1, 0.5) == ["bsr", "csr"]
+    assert formats_chosen(1, 5.0) == ["csr", "csr"]
+    assert formats_chosen(3, 5.0) == ["bsr", "csr"]
 
 
 def test_a_fit_finds_the_coefficients_back() -> None:

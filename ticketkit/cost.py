@@ -8,7 +8,7 @@ between formats is their ratio, which moves less from processor to processor.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import ceil, prod
@@ -21,8 +21,8 @@ from ticketkit.formats import bsr
 from ticketkit.lower import Layer
 
 DENSE = "dense"
-TILE = {"csr": 64, "bsr": 24}  # pixels or batch rows of one tile: 8 and 3 vectors of 8 lanes
-L1 = 32 * 1024  # bytes of input that a block of columns takes in a tile
+TILE = {"csr": 80, "bsr": 24}  # pixels or batch rows of one tile: 10 and 3 vectors of 8 lanes
+BLOCK = {"csr": 32 * 1024, "bsr": 96 * 1024}  # bytes of input that a block of columns takes in a tile
 TABLE = Path(__file__).with_name("cost.json")
 
 COUNTS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -33,8 +33,8 @@ COUNTS: dict[str, dict[str, tuple[str, ...]]] = {
              "bsr": ("madd", "stored", "input", "output", "visit", "call")},
 }  # fmt: skip
 """Operator -> format -> what is counted: multiply-adds of stored values (zeros of half-full blocks and lanes behind the last pixel too),
-the stored values themselves, elements of input, gathered (once for every column of the window) and of output, visits of a row of a tile
-by a block of columns, calls."""
+the stored values themselves, elements of input, gathered (csr: once for every column of the window) and of output, visits of a row of a
+tile by a block of columns, calls."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,10 @@ def counts(size: Size, format: str, values: int) -> dict[str, float]:
         return {"madd": float(values * images * pixels), **found}
     if size.operator == "Depthwise":  # lanes behind the end of each row, one weight for one channel
         return {"madd": float(values * images * size.y[2] * 8 * ceil(size.y[3] / 8)), **found}
-    columns = size.weight[1] * (size.weight[3] if conv else 1)
+    columns = size.weight[1] * (size.weight[3] if conv and format == "csr" else 1)
     tiles, lanes = images * ceil(pixels / TILE[format]), images * 8 * ceil(pixels / 8)
     units = ceil(rows / bsr.DEFAULT[0]) if format == "bsr" else rows
-    visits = units * tiles * ceil(columns * TILE[format] * 4 / L1)
+    visits = units * tiles * ceil(columns * TILE[format] * 4 / BLOCK[format])
     return {"madd": float(values * lanes), "gather": float(columns * lanes), "visit": float(visits), **found}
 
 
@@ -95,9 +95,14 @@ def predict_us(layer: Layer, format: str, values: int | None = None) -> float | 
     return 1e-3 * sum(ns * found[name] for name, ns in coefficients.items())
 
 
-def reorder_us(elements: int) -> float:
+def reorder_us(x_shape: Sequence[int]) -> float:
     """Predicted time of handing a tensor from a dense to a sparse layer or back: onnxruntime's dense convolutions want another order."""
-    return 1e-3 * float(table()["reorder"]) * elements
+    return 1e-3 * float(table()["reorder"]) * prod(x_shape)
+
+
+def gather_us(x_shape: Sequence[int]) -> float:
+    """Predicted time of gathering a tensor once."""
+    return 1e-3 * float(table()["Conv"]["csr"]["gather"]) * prod(x_shape)
 
 
 @cache

@@ -182,7 +182,7 @@ def _assign(network: Network, predicted: list[dict[str, float]]) -> tuple[list[s
 
     def total(formats: list[str]) -> float:
         layers = sum(times.get(format, 0.0) for times, format in zip(predicted, formats, strict=True))
-        return layers + sum(us for a, b, us in edges if (formats[a] == DENSE) != (formats[b] == DENSE))
+        return layers + sum(edge.us(formats) for edge in edges)
 
     def improved(chosen: list[str]) -> list[str]:
         best, changed = total(chosen), True
@@ -213,8 +213,27 @@ def _fastest(times: Mapping[str, float]) -> str:
     return min(times, key=lambda format: times[format]) if times else DENSE
 
 
-def _edges(network: Network) -> list[tuple[int, int, float]]:
-    """(producer, consumer, µs of a change of order between them) for layers that feed layers, through whatever lies between."""
+@dataclass(frozen=True)
+class _Edge:
+    """A layer that feeds another, through whatever lies between: what it costs if they want their tensor in different orders, µs.
+
+    Attributes:
+        producer, consumer: positions of the layers.
+        dense: where one of them is dense and the other not.
+        formats: where both are sparse, in different formats, hence in tiles of different width (`ticketkit.lower.layouts`).
+    """
+
+    producer: int
+    consumer: int
+    dense: float
+    formats: float
+
+    def us(self, formats: list[str]) -> float:
+        a, b = formats[self.producer], formats[self.consumer]
+        return 0.0 if a == b else self.dense if DENSE in (a, b) else self.formats
+
+
+def _edges(network: Network) -> list[_Edge]:
     nodes = network.model.graph.node
     makers = {name: at for at, node in enumerate(nodes) for name in node.output}
     layer_at = {layer.at: index for index, layer in enumerate(network.layers)}
@@ -231,7 +250,8 @@ def _edges(network: Network) -> list[tuple[int, int, float]]:
             if at not in layer_at:
                 waiting.extend(nodes[at].input)
             elif network.layers[layer_at[at]].op == "Conv":
-                edges.append((layer_at[at], index, cost.reorder_us(prod(layer.x_shape))))
+                retile = cost.gather_us(layer.x_shape) if layer.pointwise and not network.layers[layer_at[at]].depthwise else 0.0
+                edges.append(_Edge(layer_at[at], index, cost.reorder_us(layer.x_shape), retile))
     return edges
 
 

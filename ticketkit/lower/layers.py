@@ -52,6 +52,13 @@ class Layer:
         return self.op == "Conv" and 1 < self.group == self.weight.shape[0] and self.weight.shape[1] == 1
 
     @property
+    def pointwise(self) -> bool:
+        """Whether each output pixel of a convolution over all channels reads the input pixel at its own place."""
+        window = self.window
+        one = self.op == "Conv" and self.group == 1 and self.weight.shape[2:] == (1, 1)
+        return bool(one and window and {*window["strides"]} == {1} and not any(window["pads"]))
+
+    @property
     def nnz(self) -> int:
         """Number of weights that are not zero."""
         return int(np.count_nonzero(self.weight))

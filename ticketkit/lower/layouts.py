@@ -55,10 +55,9 @@ def layouts(graph: Graph, fused: Sequence[Fused], chosen: Mapping[str, Execution
 
 def _gains(f: Fused, format: str) -> dict[str, float]:
     """What a reader gains from each layout of its input; 1 is gathering every element once."""
-    window, (kernel_h, kernel_w) = f.layer.window, f.layer.weight.shape[2:]
-    gathered = kernel_w / prod(window["strides"])
-    if kernel_h == gathered == 1 and not any(window["pads"]):
+    if f.layer.pointwise:
         return {layout: 1.0 if layout == format else -0.25 for layout in PACKED}
+    gathered = f.layer.weight.shape[3] / prod(f.layer.window["strides"])
     return dict.fromkeys(PACKED, -gathered)  # gathered from tiles in about twice the time
 
 
