@@ -99,6 +99,12 @@ def test_blocks_of_output_channels_share_their_zeros():
         assert kept.mean() == pytest.approx(0.1, abs=4 / kept.size)
 
 
+def test_networks_that_need_memory_to_be_built_are_named():
+    """RegNet works out its widths with tensors."""
+    sparsity = quickstart.uniform(0.5, "regnet_y_400mf")
+    assert len(sparsity) > 50 and sparsity["stem.0"] == sparsity["fc"] == 0.0 and sparsity["trunk_output.block1.block1-0.proj.0"] == 0.5
+
+
 def test_every_fully_connected_layer_is_named():
     sparsity = quickstart.uniform(0.5, "vit_b_16")
     assert len(sparsity) == 1 + 12 * 4 + 1 and sparsity["conv_proj"] == sparsity["heads.head"] == 0

@@ -86,7 +86,7 @@ def uniform(level: float, name: str = "resnet50") -> dict[str, float]:
     """
     import torch
 
-    with torch.device("meta"):
+    with torch.random.fork_rng(devices=[]):  # not on the meta device, where not every network can be built
         layers = list(_weights(_build(name)))
     return dict.fromkeys(layers, level) | {layers[0]: 0.0, layers[-1]: 0.0}
 
