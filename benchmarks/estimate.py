@@ -26,7 +26,7 @@ from rich.table import Table
 
 from ticketkit import cost, estimate
 from ticketkit.bench import machine
-from ticketkit.quickstart import global_magnitude, network, uniform
+from ticketkit.quickstart import network
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def measurements(path: Path, networks: list[str] | None) -> Iterator[tuple[Model
 
 def compare(model: Model, image: int, dense: dict[str, Any], sparse: dict[str, Any]) -> Row:
     """The prediction for a network beside its measurement."""
-    zeros = global_magnitude(model.level) if model.distribution == "gm" else uniform(model.level, model.network)
+    zeros = model.sparsity()
     built = network(model.network, zeros, image, block=model.block)
     own = sparse["sparsity_prunable"] or model.level  # None where there are no convolutions to prune
     level = estimate(built, own, granularity=f"{model.block}x1").levels[0]

@@ -6,9 +6,9 @@
     python benchmarks/models.py --set guard                           nothing gets slower: 11 networks at 0, 30 and 50 %
 
 A name is [NETWORK-]DISTRIBUTION-PERCENT[-Bx1]: a network of torchvision (resnet50 if left out) with random weights; the layer-wise
-sparsity of global magnitude pruning (gm, for ResNet-50 at the levels of ticketkit/bench/resnet50_global_magnitude.csv) or the same
-everywhere (uniform); zeros shared by B consecutive output channels. Needs the extras `find` and `bench`. The protocol is in
-benchmarks/README.md.
+sparsity of global magnitude pruning (gm, for ResNet-50 at the levels of ticketkit/bench/resnet50_global_magnitude.csv), the same
+everywhere (uniform), or everywhere but in depthwise layers (pointwise); zeros shared by B consecutive output channels. Needs the extras
+`find` and `bench`. The protocol is in benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ticketkit.exporters import examine
 from ticketkit.quickstart import global_magnitude, network, uniform
 
 HERE = Path(__file__).resolve().parent
-NAME = re.compile(r"((?P<network>\w+)-)?(?P<distribution>gm|uniform)-(?P<percent>\d+\.\d\d)(-(?P<block>\d+)x1)?")
+NAME = re.compile(r"((?P<network>\w+)-)?(?P<distribution>gm|uniform|pointwise)-(?P<percent>\d+\.\d\d)(-(?P<block>\d+)x1)?")
 GUARDED = (
     *("resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "vgg11", "densenet121", "squeezenet1_1"),
     *("regnet_y_400mf", "shufflenet_v2_x1_0", "vit_b_16"),
@@ -51,12 +51,18 @@ class Model:
         """The model of that name (see the docstring of this file); ArgumentTypeError for what is none."""
         found = NAME.fullmatch(name)
         if not found:
-            raise argparse.ArgumentTypeError(f"expected [NETWORK-]gm|uniform-PERCENT[-Bx1] such as gm-90.00, got {name!r}")
+            raise argparse.ArgumentTypeError(f"expected [NETWORK-]gm|uniform|pointwise-PERCENT[-Bx1] such as gm-90.00, got {name!r}")
         return cls(found["network"] or "resnet50", found["distribution"], float(found["percent"]) / 100, int(found["block"] or 1))
 
     def __str__(self) -> str:
         """Its whole name, with the network in it."""
         return f"{self.network}-{self.distribution}-{100 * self.level:.2f}" + (f"-{self.block}x1" if self.block > 1 else "")
+
+    def sparsity(self) -> dict[str, float]:
+        """Layer -> fraction of zeros."""
+        if self.distribution == "gm":
+            return global_magnitude(self.level)
+        return uniform(self.level, self.network, depthwise=self.distribution == "uniform")
 
     def file(self, image: int, folder: Path) -> Path:
         """The file for the engines: exported anew from plain ONNX, which is kept; that itself where no layer would gain."""
@@ -64,8 +70,7 @@ class Model:
         if not plain.exists():
             folder.mkdir(parents=True, exist_ok=True)
             print(f"building {plain.name}", file=sys.stderr)
-            sparsity = global_magnitude(self.level) if self.distribution == "gm" else uniform(self.level, self.network)
-            export(network(self.network, sparsity, image, block=self.block), plain, format="onnx-dense")
+            export(network(self.network, self.sparsity(), image, block=self.block), plain, format="onnx-dense")
         if not examine(plain).sparse:
             return plain
         print(export(plain, exported), file=sys.stderr)
@@ -84,7 +89,12 @@ class Set:
 SETS = {
     "resnet50": Set(("gm-67.23", "gm-79.03", "gm-90.00", "gm-95.60", "uniform-90.00")),
     "blocks": Set(("uniform-70.00-4x1", "uniform-90.00-4x1")),
-    "mobile": Set(("mobilenet_v2-uniform-70.00", "mobilenet_v2-uniform-80.00", "mobilenet_v2-uniform-90.00")),
+    "mobile": Set(
+        (
+            *("mobilenet_v2-uniform-70.00", "mobilenet_v2-uniform-80.00", "mobilenet_v2-uniform-90.00"),
+            *("mobilenet_v2-pointwise-90.00", "mobilenet_v3_large-uniform-90.00", "efficientnet_b0-uniform-90.00"),
+        )
+    ),
     "guard": Set(
         tuple(f"{name}-uniform-{percent}.00" for name in GUARDED for percent in ("0", "30", "50")), ("onnxruntime", "ticketkit"), 0.97
     ),

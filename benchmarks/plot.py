@@ -23,8 +23,8 @@ from ticketkit.errors import DataError, TicketkitError
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ENGINE = "ticketkit"
-FILE = re.compile(r"(?P<network>\w+)-(?P<distribution>gm|uniform)-[\d.]+(-(?P<block>\d+x1))?-(?P<image>\d+px)(-plain)?\.onnx")
-KINDS = {"gm": "global magnitude", "uniform": "uniform"}
+FILE = re.compile(r"(?P<network>\w+)-(?P<distribution>gm|uniform|pointwise)-[\d.]+(-(?P<block>\d+x1))?-(?P<image>\d+px)(-plain)?\.onnx")
+KINDS = {"gm": "global magnitude", "uniform": "uniform", "pointwise": "uniform, depthwise dense"}
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,9 @@ def test_names_of_models():
     assert models.Model.parse("uniform-70.00-4x1") == models.Model("resnet50", "uniform", 0.7, 4)
     assert models.Model.parse("mobilenet_v2-uniform-90.00") == models.Model("mobilenet_v2", "uniform", 0.9, 1)
     assert len(models.SETS["guard"].models) == 3 * 11
+    mobile = models.Model.parse("mobilenet_v2-pointwise-90.00").sparsity()
+    assert mobile["features.2.conv.1.0"] == 0 and mobile["features.2.conv.0.0"] == 0.9  # depthwise, pointwise
+    assert models.Model.parse("mobilenet_v2-uniform-90.00").sparsity()["features.2.conv.1.0"] == 0.9
     for name in ("gm-90", "resnet50", "uniform-90.00-4x4", "resnet50-random-90.00"):
         with pytest.raises(argparse.ArgumentTypeError, match=name):
             models.Model.parse(name)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 STORED = {DENSE: DENSE, "csr": "gaps", "bsr": "gaps"}  # format of a kernel -> format of its weights in a file
-WORTH = 0.93  # of the predicted dense time: a model that would not get below it stays dense, for predictions err
+WORTH = 0.9  # of the predicted dense time: a model that would not get below it stays dense, for predictions err
 
 
 @dataclass(frozen=True)

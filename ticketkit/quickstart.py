@@ -79,16 +79,21 @@ def global_magnitude(level: float) -> dict[str, float]:
     return {row["layer"]: float(row[column]) for row in table_rows}
 
 
-def uniform(level: float, name: str = "resnet50") -> dict[str, float]:
+def uniform(level: float, name: str = "resnet50", depthwise: bool = True) -> dict[str, float]:
     """Layer -> sparsity for torchvision's network `name`, the same for every layer but the first and the last, which stay dense.
+
+    Args:
+        depthwise: whether depthwise convolutions are pruned like the others, as the lottery-ticket papers do; they hold few of the weights.
 
     Raises ModelError for a name torchvision does not know.
     """
     import torch
 
     with torch.random.fork_rng(devices=[]):  # not on the meta device, where not every network can be built
-        layers = list(_weights(_build(name)))
-    return dict.fromkeys(layers, level) | {layers[0]: 0.0, layers[-1]: 0.0}
+        weights = _weights(_build(name))
+    first, *_, last = weights
+    dense = {layer for layer, weight in weights.items() if weight.dim() == 4 and weight.shape[1] == 1 and not depthwise}
+    return {layer: 0.0 if layer in dense | {first, last} else level for layer in weights}
 
 
 def resnet50(sparsity: Mapping[str, float], image: int = 224, seed: int = 0) -> ModelProto:
