@@ -28,8 +28,9 @@ const T* take(int64_t count) {
 // No slack behind the last byte asked for (but rounding up to the alignment), so that a sanitizer sees every overrun.
 void* aligned(size_t bytes) { return std::aligned_alloc(TK_ALIGNMENT, (bytes + TK_ALIGNMENT - 1) / TK_ALIGNMENT * TK_ALIGNMENT); }
 
-// Images of `channels` planes of `pixels`, with their floats in tiles of so many pixels; or back.
+// Images of `channels` planes of `pixels`, with their floats in tiles of so many pixels (0: one tile); or back.
 std::vector<float> reordered(const float* images, int64_t batch, int64_t channels, int64_t pixels, int64_t tile, bool back) {
+  if (tile == 0) tile = pixels;
   std::vector<float> to(static_cast<size_t>(batch * channels * pixels));
   for (int64_t plane = 0; plane < batch * channels; ++plane) {
     const int64_t c = plane % channels, image = plane / channels * channels * pixels;
