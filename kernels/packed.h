@@ -61,7 +61,7 @@ struct Packed {
   int64_t row_groups;      // groups of kGroupRows output rows, for depthwise single rows: the finest part
   int64_t blocks;          // blocks of input channels (conv2d) or columns (gemm)
   int64_t block_channels;  // of every block but the last
-  int64_t tile_w;  // columns of output that share strips: of a depthwise tile (tile_floats() / pitch rows), else out_w, or 0: none do
+  int64_t tile_w;          // columns of output whose taps share strips: of a depthwise tile, else out_w, or 0: no columns share
   int64_t channel_floats;  // floats of one channel's strips (convolutions)
   int64_t x_floats;        // floats of x that are transposed at once (gemm)
   int32_t strip_count;

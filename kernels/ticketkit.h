@@ -7,7 +7,7 @@
 //   * Nothing allocates, prints, aborts, throws or starts a thread. The caller owns every buffer and splits the work.
 //   * Formats are checked once, when packing. tk_run trusts a packed buffer that tk_*_pack filled.
 //   * Every function but the plain getters returns a tk_status; TK_OK is 0; tk_status_text() gives one line in words.
-//   * Activations and images are float32, C order. Unless said otherwise pointers need the natural alignment of their type only.
+//   * Activations and images are float32, C order but where a tk_layout says otherwise. Unless said otherwise pointers need the natural alignment of their type only.
 //   * Results depend on the packed buffer and the inputs alone, never on how the parts are split over threads.
 #ifndef TICKETKIT_H_
 #define TICKETKIT_H_

@@ -46,6 +46,25 @@ def gemm(
     return np.clip(y, *clip)
 
 
+def tiled(images: Array, tile: int) -> Array:
+    """Images [N, C, H, W] with their floats in tiles of so many pixels (tk_layout in ticketkit.h; 0: planes), of the same shape."""
+    flat = images.reshape(*images.shape[:2], -1)
+    pieces = [flat[:, :, piece].reshape(len(images), -1) for piece in _tiles(flat.shape[2], tile)]
+    return np.ascontiguousarray(np.concatenate(pieces, axis=1)).reshape(images.shape)
+
+
+def planes(images: Array, tile: int) -> Array:
+    """Images in C order of those that `tiled` or a layer wrote."""
+    n, channels, height, width = images.shape
+    flat = images.reshape(n, -1)
+    pieces = [flat[:, channels * at.start : channels * at.stop].reshape(n, channels, -1) for at in _tiles(height * width, tile)]
+    return np.ascontiguousarray(np.concatenate(pieces, axis=2)).reshape(images.shape)
+
+
+def _tiles(pixels: int, tile: int) -> list[slice]:
+    return [slice(at, min(at + (tile or pixels), pixels)) for at in range(0, pixels, tile or pixels)]
+
+
 def tolerance(weight: Array, x: Array, *terms: Array | None) -> float:
     """Bound on |float32 result - exact result|: 2 eps (k + 1) max|w| max|x| for sums of k products, plus as much for each added term.
 

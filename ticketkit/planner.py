@@ -185,6 +185,7 @@ def _assign(network: Network, predicted: list[dict[str, float]]) -> tuple[list[s
         return layers + sum(edge.us(formats) for edge in edges)
 
     def improved(chosen: list[str]) -> list[str]:
+        """The choices after as many changes of one layer as make the whole faster."""
         best, changed = total(chosen), True
         while changed:
             changed = False
@@ -234,6 +235,7 @@ class _Edge:
 
 
 def _edges(network: Network) -> list[_Edge]:
+    """Every pair of convolutions of which one feeds the other."""
     nodes = network.model.graph.node
     makers = {name: at for at, node in enumerate(nodes) for name in node.output}
     layer_at = {layer.at: index for index, layer in enumerate(network.layers)}

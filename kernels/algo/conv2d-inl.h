@@ -1,4 +1,4 @@
-// Convolution on NCHW images, for every weight format: `Rows` is the format's inner loop. Lanes run along flattened output pixels; input
+// Convolution, for every weight format: `Rows` is the format's inner loop. Lanes run along flattened output pixels; input
 // channels come in blocks whose strips (packed.h) stay in or next to L1 while every output row of the tile passes over them. Included by
 // isa/*.cc after rows-inl.h and strips-inl.h.
 

@@ -1,4 +1,4 @@
-// Filling the strips (packed.h) of a convolution from its NCHW input. Included by isa/*.cc before conv2d-inl.h.
+// Filling the strips (packed.h) of a convolution from its input. Included by isa/*.cc before conv2d-inl.h.
 
 // The strips of `channels` channels of an image, from channel `begin` on, for `tiles` tiles from pixel `first` (pitched) on, written to
 // `to`. Nothing outside [x, limit) is read.
@@ -24,15 +24,9 @@ class Segments {
     whole_rows_ = s.stride_h == 1 && s.stride_w == 1 && p.pitch == s.in_w && strip.inside_begin == 0 && strip.inside_end == s.in_w;
   }
 
-  // Up to `most` further segments; 0 at the end.
-  int next(Segment* segments, int most) {
-    int n = 0;
-    for (; n < most && left_ > 0; ++n) segments[n] = one();
-    return n;
-  }
+  bool more() const { return left_ > 0; }
 
- private:
-  Segment one() {
+  Segment next() {
     const tk_conv2d& s = p_.shape;
     const int64_t iy = s.stride_h * row_ + strip_.phase - s.pad_top;
     const bool inside = iy >= 0 && iy < s.in_h;
@@ -54,6 +48,7 @@ class Segments {
     return segment;
   }
 
+ private:
   const Packed& p_;
   const Strip& strip_;
   int64_t row_, column_, left_, to_ = 0;
@@ -65,8 +60,8 @@ static void fill_segments(const Packed& p, const Strip& strip, const Fill& f) {
   const tk_conv2d& s = p.shape;
   const int64_t length = f.tiles * p.tile_floats() + strip.halo;
   Segments rest(p, strip, f.first, length);
-  Segment segment;
-  while (rest.next(&segment, 1)) {
+  while (rest.more()) {
+    const Segment segment = rest.next();
     float* const to = f.to + strip.offset;
     const int64_t tail = segment.to + segment.zeros + segment.count;
     for (int64_t c = 0; c < f.channels; ++c) zero(to + c * p.channel_floats + segment.to, segment.zeros);

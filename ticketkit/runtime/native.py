@@ -45,7 +45,7 @@ class Isa:
 class ConvShape:
     """Geometry of a convolution, in the order of `tk_conv2d`; sizes in pixels. `groups` is 1, or all channels: depthwise.
 
-    The layouts, of x and of output and residual, are "planes", C order, or "csr" and "bsr": `to_tiles`.
+    The layouts, of x and of output and residual, are "planes", C order, or "csr" and "bsr", tiles of `tile_pixels` (tk_layout).
     """
 
     in_channels: int
@@ -341,29 +341,9 @@ def stored_values(rows: int, cols: int, parts: Parts, format: str) -> int:
     return int(_library().tk_stored_values(csr, _named("packed format", format, _FORMATS)))
 
 
-def to_tiles(images: FloatArray, layout: str, isa: str | None = None) -> FloatArray:
-    """Images f32 [N, C, H, W] in C order with their floats in that layout (`tk_layout`); `from_tiles` is the way back."""
-    flat = images.reshape(*images.shape[:2], -1)
-    pieces = [flat[:, :, piece].reshape(len(images), -1) for piece in _tiles(flat.shape[2], layout, isa)]
-    return np.ascontiguousarray(np.concatenate(pieces, axis=1)).reshape(images.shape)
-
-
-def from_tiles(images: FloatArray, layout: str, isa: str | None = None) -> FloatArray:
-    """Images f32 [N, C, H, W] in C order, of those that `to_tiles` or a layer wrote."""
-    n, channels, *size = images.shape
-    flat, pixels = images.reshape(n, -1), size[0] * size[1]
-    pieces = [flat[:, channels * piece.start : channels * piece.stop].reshape(n, channels, -1) for piece in _tiles(pixels, layout, isa)]
-    return np.ascontiguousarray(np.concatenate(pieces, axis=2)).reshape(images.shape)
-
-
 def tile_pixels(layout: str, pixels: int, isa: str | None = None) -> int:
-    """Pixels of a tile of that layout in an image of so many; 0 where it is that of planes."""
+    """Pixels of a tile of that layout (tk_layout) in an image of so many; 0 where it is that of planes. Raises KernelError."""
     return int(_library().tk_tile_pixels(_named("layout", layout, _LAYOUTS), pixels, _isa_index(isa)))
-
-
-def _tiles(pixels: int, layout: str, isa: str | None) -> list[slice]:
-    length = tile_pixels(layout, pixels, isa) or pixels
-    return [slice(at, min(at + length, pixels)) for at in range(0, pixels, length)]
 
 
 def gaps_decode(rows: int, cols: int, gaps: NDArray[np.uint16]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:

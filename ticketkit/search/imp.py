@@ -79,6 +79,7 @@ class Search:
         early = points.step_of("early", self.settings.steps) if k == 0 and self.config["rewind"] == "early" else None
 
         def after_step(now: Training) -> None:
+            """Shows progress and saves what is due; KeyboardInterrupt if asked to stop."""
             nonlocal saved
             self.progress.step(k, level, now.loss, now.accuracy)
             if now.step == early:
