@@ -33,6 +33,7 @@ from shapes import NETWORKS, TABLE, Conv, Entry, Shape, read, write
 from ticketkit import __version__, formats, masks
 from ticketkit.bench import machine, rows, table, worker
 from ticketkit.errors import DataError, TicketkitError
+from ticketkit.formats import bsr
 from ticketkit.runtime import native
 
 Floats: TypeAlias = NDArray[np.float32]
@@ -40,7 +41,7 @@ Run: TypeAlias = Callable[[], list[np.ndarray]]  # computes, and gives [y], alwa
 
 RESULTS = Path(__file__).resolve().parent / "results" / "layers.jsonl"
 SPARSITIES = (50, 60, 70, 80, 90, 95, 98)  # percent
-FORMATS = {"csr": 1, "bsr": 4}  # weight format -> consecutive output channels that have their zeros in the same places
+FORMATS: dict[str, masks.Block] = {"csr": (1, 1), **bsr.KERNELS}  # packed format -> blocks that the zeros come in
 DENSE, LIMIT = "onnxruntime", "L1 limit"
 
 
@@ -112,7 +113,7 @@ def measure(entry: Entry, wanted: Sequence[Wish], settings: Settings) -> list[Ro
     runs: dict[str, Run] = {DENSE: dense(shape, x, weight, bias), LIMIT: limit}
     made: dict[str, tuple[float, str, int, float]] = {}
     for sparsity, name in wanted:
-        mask = masks.global_magnitude({"w": weight}, masks.full({"w": weight}), sparsity, (FORMATS[name], 1))["w"]
+        mask = masks.global_magnitude({"w": weight}, masks.full({"w": weight}), sparsity, FORMATS[name])["w"]
         pruned = np.where(mask, weight, np.float32(0))
         runs[f"{name} {sparsity}"] = run = sparse(shape, pruned, name, settings.isa, x, bias)
         made[f"{name} {sparsity}"] = sparsity, name, int(np.count_nonzero(pruned)), difference(shape, run, x, pruned, bias)
@@ -259,7 +260,7 @@ def main(words: Sequence[str] | None = None) -> int:
         with chosen.results.open("a", encoding="utf-8") as file, table.progress("layers") as progress:
             for i, entry in enumerate(entries):
                 progress(i, len(entries), entry.shape.name)
-                if left := [each for each in wanted if (entry.shape.name, *each) not in found]:
+                if left := [(s, name) for s, name in wanted if name in entry.shape.packed and (entry.shape.name, s, name) not in found]:
                     fresh = measure(entry, left, settings)
                     file.writelines(json.dumps(asdict(row)) + "\n" for row in fresh)
                     file.flush()

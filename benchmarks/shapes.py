@@ -14,6 +14,7 @@ from onnx import helper
 
 from ticketkit import formats
 from ticketkit.errors import DataError
+from ticketkit.lower import operators
 from ticketkit.runtime import native
 
 TABLE = Path(__file__).with_name("layers.csv")
@@ -41,6 +42,7 @@ class Conv:
     dilation: int
 
     op = "conv2d"
+    packed = operators.TILES
     minimum = 0.0
 
     @property
@@ -84,6 +86,7 @@ class Gemm:
     batch: int
 
     op = "gemm"
+    packed = operators.PACKED
     minimum = -inf
 
     @property

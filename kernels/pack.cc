@@ -13,45 +13,50 @@ T* mutable_at(void* packed, int64_t offset) {
   return reinterpret_cast<T*>(static_cast<char*>(packed) + offset);
 }
 
-// Walks the columns of p.unit_rows rows that have a non-zero in any of them, ascending: `at` is the column, INT64_MAX at the end.
-struct UnitColumns {
-  UnitColumns(const tk_csr& weight, int64_t unit_rows, int64_t unit) : w(weight), rows(i32(unit_rows)) {
+// Walks the entries of a unit, so many columns of so many rows with a non-zero in any of them, ascending: `at` is the first column,
+// INT64_MAX at the end.
+struct Entries {
+  Entries(const tk_csr& weight, int64_t unit_rows, int64_t unit_columns, int64_t unit)
+      : w(weight), rows(i32(unit_rows)), columns(i32(unit_columns)) {
     for (int32_t r = 0; r < rows; ++r) {
-      const int64_t m = unit * unit_rows + r;
+      const int64_t m = unit * rows + r;
       next[r] = m < w.rows ? w.row_ptr[m] : 0;
       end[r] = m < w.rows ? w.row_ptr[m + 1] : 0;
     }
     find();
   }
-  // The unit's values in this column; then on to the next.
+  Entries(const tk_csr& weight, const Packed& p, int64_t unit) : Entries(weight, p.unit_rows, p.unit_columns, unit) {}
+  // The entry's values, rows inside; then on to the next.
   void take(float* values) {
     for (int32_t r = 0; r < rows; ++r) {
-      const bool here = next[r] < end[r] && w.col_indices[next[r]] == at;
-      if (values) values[r] = here ? w.values[next[r]] : 0.0f;
-      next[r] += here;
+      for (int32_t c = 0; c < columns; ++c) {
+        const bool here = next[r] < end[r] && w.col_indices[next[r]] == at + c;
+        if (values) values[c * rows + r] = here ? w.values[next[r]] : 0.0f;
+        next[r] += here;
+      }
     }
     find();
   }
   void find() {
     at = INT64_MAX;
     for (int32_t r = 0; r < rows; ++r) {
-      if (next[r] < end[r] && w.col_indices[next[r]] < at) at = w.col_indices[next[r]];
+      if (next[r] < end[r] && w.col_indices[next[r]] < at) at = w.col_indices[next[r]] / columns * columns;
     }
   }
 
   const tk_csr& w;
-  int32_t rows;
+  int32_t rows, columns;
   int64_t at, next[kBlockRows], end[kBlockRows];
 };
 
 // The weight must be valid.
-int64_t stored_values(const tk_csr& w, int64_t unit_rows) {
-  if (unit_rows == 1) return w.nnz;
-  int64_t columns = 0;
+int64_t stored_values(const tk_csr& w, int64_t unit_rows, int64_t unit_columns) {
+  if (unit_rows * unit_columns == 1) return w.nnz;
+  int64_t entries = 0;
   for (int64_t unit = 0; unit < ceil_div(w.rows, unit_rows); ++unit) {
-    for (UnitColumns c(w, unit_rows, unit); c.at != INT64_MAX; c.take(nullptr)) ++columns;
+    for (Entries e(w, unit_rows, unit_columns, unit); e.at != INT64_MAX; e.take(nullptr)) ++entries;
   }
-  return columns * unit_rows;
+  return entries * unit_rows * unit_columns;
 }
 
 // Writes the stored values block by block, units in order; offset(column) says where a column's input starts within its block.
@@ -64,7 +69,7 @@ void write_entries(const tk_csr& w, int64_t columns_per_channel, const Packed& p
   const auto pointer = [&](int64_t block, int64_t unit) -> uint32_t& { return row_ptr[block * (units + 1) + unit]; };
   for (int64_t i = 0; i < p.blocks * (units + 1); ++i) row_ptr[i] = 0;
   for (int64_t unit = 0; unit < units; ++unit) {
-    for (UnitColumns c(w, p.unit_rows, unit); c.at != INT64_MAX; c.take(nullptr)) ++pointer(c.at / block_columns, unit + 1);
+    for (Entries e(w, p, unit); e.at != INT64_MAX; e.take(nullptr)) ++pointer(e.at / block_columns, unit + 1);
   }
   for (int64_t block = 0; block < p.blocks; ++block) {  // from counts to where each unit of a block starts
     if (block > 0) pointer(block, 0) = pointer(block - 1, units);
@@ -72,13 +77,13 @@ void write_entries(const tk_csr& w, int64_t columns_per_channel, const Packed& p
   }
   for (int64_t unit = 0; unit < units; ++unit) {
     int64_t block = -1, to = 0;
-    for (UnitColumns c(w, p.unit_rows, unit); c.at != INT64_MAX; ++to) {
-      if (c.at / block_columns != block) {
-        block = c.at / block_columns;
+    for (Entries e(w, p, unit); e.at != INT64_MAX; ++to) {
+      if (e.at / block_columns != block) {
+        block = e.at / block_columns;
         to = pointer(block, unit);
       }
-      offsets[to] = static_cast<uint16_t>(offset(c.at - block * block_columns));
-      c.take(values + to * p.unit_rows);
+      offsets[to] = static_cast<uint16_t>(offset(e.at - block * block_columns));
+      e.take(values + to * p.entry_values());
     }
   }
 }
@@ -93,10 +98,10 @@ void write_rows(const tk_csr& w, const Packed& p, void* packed) {
     while (pointers <= pointer) row_ptr[pointers++] = static_cast<uint32_t>(to);
   };
   for (int64_t unit = 0; unit < p.units(); ++unit) {
-    for (UnitColumns c(w, p.unit_rows, unit); c.at != INT64_MAX; ++to) {
-      start(unit * p.blocks + c.at / kGemmColumns);
-      offsets[to] = static_cast<uint16_t>(c.at);
-      c.take(values + to * p.unit_rows);
+    for (Entries e(w, p, unit); e.at != INT64_MAX; ++to) {
+      start(unit * p.blocks + e.at / kGemmColumns);
+      offsets[to] = static_cast<uint16_t>(e.at);
+      e.take(values + to * p.entry_values());
     }
   }
   start(p.units() * p.blocks);
@@ -105,23 +110,23 @@ void write_rows(const tk_csr& w, const Packed& p, void* packed) {
 // Places the arrays behind the header.
 tk_status lay_out(const tk_csr& w, Packed* p) {
   if (p->blocks > kMaxRowPointers / (p->units() + 1)) return TK_TOO_LARGE;
-  const int64_t stored = stored_values(w, p->unit_rows);
+  const int64_t stored = stored_values(w, p->unit_rows, p->unit_columns);
   if (stored > INT32_MAX) return TK_TOO_LARGE;
   p->strips_at = round_up(sizeof(Packed), TK_ALIGNMENT);
   p->row_ptr_at = round_up(p->strips_at + p->strip_count * int64_t{sizeof(Strip)}, TK_ALIGNMENT);
   p->values_at = round_up(p->row_ptr_at + p->blocks * (p->units() + 1) * int64_t{sizeof(uint32_t)}, TK_ALIGNMENT);
   p->offsets_at = round_up(p->values_at + stored * int64_t{sizeof(float)}, TK_ALIGNMENT);
-  p->total_bytes = round_up(p->offsets_at + stored / p->unit_rows * int64_t{sizeof(uint16_t)}, TK_ALIGNMENT);
+  p->total_bytes = round_up(p->offsets_at + stored / p->entry_values() * int64_t{sizeof(uint16_t)}, TK_ALIGNMENT);
   return TK_OK;
 }
 
-bool is_gemm(const Packed& p) { return p.kernel == k_gemm_csr_f32 || p.kernel == k_gemm_bsr_f32; }
+bool is_gemm(const Packed& p) { return p.kernel == k_gemm_csr_f32 || p.kernel == k_gemm_bsr_f32 || p.kernel == k_gemm_bsr1x4_f32; }
 
 tk_status check_buffer(const Packed& p, const void* packed, size_t bytes) {
   return packed && aligned(packed) && bytes >= static_cast<size_t>(p.total_bytes) ? TK_OK : TK_BAD_BUFFER;
 }
 
-bool known_format(tk_format format) { return format == TK_CSR || format == TK_BSR; }
+bool known_format(tk_format format) { return within(format, TK_CSR, TK_BSR_1X4); }
 
 // What every packing checks first.
 tk_status check_weight(const tk_csr& w, tk_format format, int32_t isa) {
@@ -152,7 +157,7 @@ extern "C" {
 
 int64_t tk_stored_values(const tk_csr* w, tk_format format) {
   if (tk_csr_validate(w) != TK_OK || !known_format(format)) return 0;
-  return stored_values(*w, format == TK_CSR ? 1 : kBlockRows);
+  return stored_values(*w, unit_rows(format), unit_columns(format));
 }
 
 tk_status tk_conv2d_packed_bytes(const tk_conv2d* shape, const tk_csr* w, tk_format format, int32_t isa, const tk_tuning* tuning,

@@ -18,6 +18,9 @@ constexpr uint64_t kMagic = 0x6b63617074656b74;  // "tketpack"; guards against a
 constexpr int kMaxTileVectors = 14;              // accumulators of one CSR tile: 14 of AVX2's 16 registers, plus weight and spare
 constexpr int kGemmTileVectors = 8;              // of the widest CSR gemm tile
 constexpr int64_t kBlockRows = 4;                // output rows of a BSR block
+constexpr int64_t kBlockColumns = 4;             // columns of a 1x4 block
+constexpr int64_t unit_rows(tk_format format) { return format == TK_BSR ? kBlockRows : 1; }
+constexpr int64_t unit_columns(tk_format format) { return format == TK_BSR_1X4 ? kBlockColumns : 1; }
 // Vectors of a BSR tile: kBlockRows accumulators for each, the vector itself, and one weight.
 constexpr int max_block_vectors(int registers) { return (registers - 1) / static_cast<int>(kBlockRows + 1); }
 constexpr int kDepthwiseWeights = 9;          // of a depthwise channel kept in registers: a 3x3 window
@@ -51,7 +54,8 @@ struct Packed {
   int32_t kernel, isa, lanes, tile_vectors;
   int64_t total_bytes;
   int64_t rows, cols;
-  int64_t unit_rows;       // output rows that share their columns: 1 for CSR, kBlockRows for BSR
+  int64_t unit_rows;       // output rows that share their columns: kBlockRows for BSR, else 1
+  int64_t unit_columns;    // columns of one offset: kBlockColumns for 1x4 blocks, else 1
   tk_conv2d shape;         // convolutions only
   int64_t out_h, out_w;    // convolutions only
   int64_t pitch;           // convolutions only: pixels from output row to output row as lanes see them, >= out_w
@@ -65,8 +69,8 @@ struct Packed {
   int64_t channel_floats;  // floats of one channel's strips (convolutions)
   int64_t x_floats;        // floats of x that are transposed at once (gemm)
   int32_t strip_count;
-  // Byte offsets of Strip[strip_count], uint32_t[blocks][units + 1], float[stored], uint16_t[stored / unit_rows]. Offsets count floats from
-  // the start of the block's input; a unit's values stand together, one column after the other, unit_rows values each. For gemm, which
+  // Byte offsets of Strip[strip_count], uint32_t[blocks][units + 1], float[stored], uint16_t[stored / entry]. Offsets count floats from
+  // the start of the block's input; a unit's entries stand together, columns in order, unit_rows * unit_columns values each. For gemm, which
   // joins as many blocks as the batch suits, row pointers are [units][blocks] and one more, and offsets are columns modulo 2^16.
   int64_t strips_at, row_ptr_at, values_at, offsets_at;
 
@@ -75,6 +79,7 @@ struct Packed {
     return reinterpret_cast<const T*>(reinterpret_cast<const char*>(this) + offset);
   }
   int64_t units() const { return ceil_div(rows, unit_rows); }
+  int64_t entry_values() const { return unit_rows * unit_columns; }
   int64_t tile_floats() const { return int64_t{tile_vectors} * lanes; }
   // Every output pixel is the input pixel at the same place.
   bool pointwise() const {

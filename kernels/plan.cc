@@ -49,15 +49,16 @@ tk_status check_shape(const tk_conv2d& s, const tk_csr& w) {
 }
 
 // A header with what every kernel's has.
-Packed header(Kernel csr, Kernel bsr, tk_format format, int32_t isa, const tk_csr& w) {
+Packed header(Kernel kernel, tk_format format, int32_t isa, const tk_csr& w) {
   Packed p{};
   p.magic = kMagic;
-  p.kernel = format == TK_CSR ? csr : bsr;
+  p.kernel = kernel;
   p.isa = isa;
   p.lanes = tk_isa_lanes(isa);
   p.rows = w.rows;
   p.cols = w.cols;
-  p.unit_rows = format == TK_CSR ? 1 : kBlockRows;
+  p.unit_rows = unit_rows(format);
+  p.unit_columns = unit_columns(format);
   p.group_tiles = 1;
   p.row_groups = ceil_div(w.rows, kGroupRows);
   return p;
@@ -226,8 +227,9 @@ tk_status plan_conv2d(const tk_conv2d& s, const tk_csr& w, tk_format format, int
   tk_tuning tuning = given ? *given : tk_tuning{};
   if (!within(tuning.tile_vectors, 0, kMaxTileVectors) || tuning.block_channels < 0 || tuning.group_tiles < 0) return TK_BAD_ARGUMENT;
   if (!within(s.x_layout, TK_PLANES, TK_BSR_TILES) || !within(s.y_layout, TK_PLANES, TK_BSR_TILES)) return TK_BAD_ARGUMENT;
+  if (format == TK_BSR_1X4) return TK_BAD_ARGUMENT;
   if (is_depthwise(s) && (format != TK_CSR || s.x_layout != TK_PLANES || s.y_layout != TK_PLANES)) return TK_BAD_ARGUMENT;
-  *p = header(is_depthwise(s) ? k_depthwise_csr_f32 : k_conv2d_csr_f32, k_conv2d_bsr_f32, format, isa, w);
+  *p = header(is_depthwise(s) ? k_depthwise_csr_f32 : format == TK_CSR ? k_conv2d_csr_f32 : k_conv2d_bsr_f32, format, isa, w);
   tuning.tile_vectors = i32(smaller(tuning.tile_vectors, most_vectors(p->unit_rows, isa)));
   p->shape = s;
   p->out_h = (s.in_h + s.pad_top + s.pad_bottom - s.dilation_h * (s.kernel_h - 1) - 1) / s.stride_h + 1;
@@ -248,8 +250,8 @@ tk_status plan_conv2d(const tk_conv2d& s, const tk_csr& w, tk_format format, int
 
 tk_status plan_gemm(const tk_csr& w, tk_format format, int32_t isa, Packed* p) {
   if (!within(w.rows, 1, INT32_MAX) || !within(w.cols, 1, INT32_MAX)) return TK_BAD_SHAPE;
-  *p = header(k_gemm_csr_f32, k_gemm_bsr_f32, format, isa, w);
-  p->tile_vectors = i32(format == TK_CSR ? clamp(kGemmTile / p->lanes, 1, kGemmTileVectors) : most_vectors(p->unit_rows, isa));
+  *p = header(format == TK_CSR ? k_gemm_csr_f32 : format == TK_BSR ? k_gemm_bsr_f32 : k_gemm_bsr1x4_f32, format, isa, w);
+  p->tile_vectors = i32(p->unit_rows == 1 ? clamp(kGemmTile / p->lanes, 1, kGemmTileVectors) : most_vectors(p->unit_rows, isa));
   p->block_channels = kGemmColumns;
   p->blocks = ceil_div(w.cols, kGemmColumns);
   const bool short_rows = w.nnz / w.rows < w.cols / 16;  // fewer, longer pieces of them are worth more than L1

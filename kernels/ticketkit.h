@@ -112,8 +112,9 @@ typedef struct tk_tuning {
 } tk_tuning;
 
 // The forms a weight can be packed in. CSR: each row its own columns. BSR: blocks of 4 rows x 1 column, so that rows 4i … 4i+3 share
-// their columns; what a block holds beyond the weight's own non-zeros is stored as zeros. Depthwise has TK_CSR only.
-typedef enum tk_format { TK_CSR = 0, TK_BSR = 1 } tk_format;
+// their columns, or of 1 row x 4 columns, 4i … 4i+3; what a block holds beyond the weight's own non-zeros is stored as zeros. Convolutions
+// have no TK_BSR_1X4, depthwise ones have TK_CSR only.
+typedef enum tk_format { TK_CSR = 0, TK_BSR = 1, TK_BSR_1X4 = 2 } tk_format;
 
 // Values the form stores, zeros of half-full blocks included: nnz for TK_CSR. 0 for a weight that tk_csr_validate refuses.
 TK_API int64_t tk_stored_values(const tk_csr* weight, tk_format format);

@@ -40,7 +40,7 @@ def model(seed: int = 0) -> onnx.ModelProto:
             nodes.append(helper.make_node("Flatten", ["b"], ["flat"]))
         op = operators.GEMM if name == "head" else operators.CONV
         inputs = [x, *(f"{name}.{part}" for part in parts)]
-        execution = operators.Execution("bsr" if name == "second" else "csr")
+        execution = operators.Execution({"first": "csr", "second": "bsr", "head": "bsr1x4"}[name])
         nodes.append(operators.make_node(op, inputs, y, name, w.shape, window_of, epilogue, execution))
     graph = helper.make_graph(
         nodes, "mutate", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", CHANNELS, SIZE, SIZE])],

@@ -75,7 +75,7 @@ def test_the_table_is_what_the_networks_say(tmp_path):
 def test_a_row_of_a_layer_adds_up(tiny, capsys):
     rows = tiny()
     assert [(row["layer"], row["sparsity"], row["format"]) for row in rows] == [
-        (entry.shape.name, sparsity, name) for entry in TINY for sparsity in (0.5, 0.9) for name in ("csr", "bsr")
+        (entry.shape.name, sparsity, name) for entry in TINY for sparsity in (0.5, 0.9) for name in entry.shape.packed
     ]
     macs = {TINY[0].shape.name: 12 * 8 * 9 * 3 * 3, TINY[1].shape.name: 20 * 16 * 7}
     weights = {TINY[0].shape.name: 12 * 8 * 9, TINY[1].shape.name: 20 * 16}
@@ -106,6 +106,7 @@ def test_totals_weigh_layers_by_their_number(tiny, capsys):
 def test_layers_are_chosen_by_network_and_name(tiny):
     assert {row["layer"] for row in tiny("--network", "resnet50")} == {TINY[0].shape.name}
     assert len(tiny("--layer", "gemm-20", "--format", "bsr")) == 4 + 2
+    assert [row["layer"] for row in tiny("--format", "bsr1x4")[6:]] == [TINY[1].shape.name] * 2
     with pytest.raises(DataError, match="no layer of resnet50"):
         tiny("--network", "resnet50", "--layer", "gemm")
 
@@ -113,8 +114,8 @@ def test_layers_are_chosen_by_network_and_name(tiny):
 def test_resume_measures_only_what_is_missing(tiny):
     first = tiny("--format", "csr")
     assert tiny("--format", "csr", "--resume") == first
-    assert [row["format"] for row in tiny("--resume")[4:]] == ["bsr"] * 4
-    assert len(tiny("--resume", "--rounds", "2")) == 16  # other settings, other rows
+    assert [row["format"] for row in tiny("--resume")[4:]] == ["bsr", "bsr", "bsr", "bsr1x4", "bsr", "bsr1x4"]
+    assert len(tiny("--resume", "--rounds", "2")) == 20  # other settings, other rows
 
 
 def test_ctrl_c_keeps_the_rows_so_far(tiny, monkeypatch, capsys):
@@ -130,7 +131,7 @@ def test_ctrl_c_keeps_the_rows_so_far(tiny, monkeypatch, capsys):
         tiny()
     assert "3/3" in capsys.readouterr().out  # the table of what is there
     monkeypatch.setattr(layers, "measure", measure)
-    assert len(tiny("--resume")) == 8
+    assert len(tiny("--resume")) == 10
 
 
 def test_a_wrong_answer_has_no_speed(tiny, monkeypatch):

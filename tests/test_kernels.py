@@ -17,7 +17,8 @@ from ticketkit.formats import csr
 from ticketkit.runtime import native
 from ticketkit.runtime.native import ConvShape, Tuning
 
-FORMATS = ["csr", "bsr"]
+FORMATS = ["csr", "bsr"]  # that every operation has
+GEMM_FORMATS = [*FORMATS, "bsr1x4"]
 ISAS = [isa.name for isa in native.isas() if isa.usable]
 LANES = {isa.name: isa.lanes for isa in native.isas()}
 TILE = 14  # vectors of the widest tile
@@ -81,7 +82,7 @@ def test_the_oracle_is_torch() -> None:
 
 
 def test_table_and_isas() -> None:
-    assert native.kernels() == ["conv2d_csr_f32", "conv2d_bsr_f32", "depthwise_csr_f32", "gemm_csr_f32", "gemm_bsr_f32"]
+    assert native.kernels() == ["conv2d_csr_f32", "conv2d_bsr_f32", "depthwise_csr_f32", "gemm_csr_f32", "gemm_bsr_f32", "gemm_bsr1x4_f32"]
     assert native.isas()[0].name == "scalar" and native.isas()[0].usable
     assert native.active_isa().name in ISAS
 
@@ -181,7 +182,7 @@ def check_gemm(batch: int, k: int, m: int, isa: str, *, density: float = 0.3, se
     residual = rng.standard_normal((batch, m)).astype(np.float32)
     for terms, clip in (((None, None), (-np.inf, np.inf)), ((bias, residual), (-np.inf, 1.0)), ((bias, None), (-0.5, 0.5))):
         exact = oracle.gemm(x, weight, *terms, clip=clip)
-        for form in FORMATS:
+        for form in GEMM_FORMATS:
             layer = native.gemm(m, k, csr.pack(weight), format=form, isa=isa)
             guarded = np.full(batch * m + 65, 77.0, np.float32)
             y = guarded[33:-32].reshape(batch, m)
@@ -209,13 +210,21 @@ def test_gemm_batch_around_every_tile(isa: str, vectors: int, offset: int, densi
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 6, 7, 8, 63, 64, 65, 66, 67, 68, 131])
+def test_gemm_blocks_of_columns_stick_out(isa: str, k: int) -> None:
+    for batch in (1, 2, LANES[isa] + 1):
+        check_gemm(batch, k, 11, isa, density=1.0)
+        check_gemm(batch, k, 11, isa, density=0.3)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_gemm_more_columns_than_16_bits_and_more_rows_than_a_chunk(isa: str) -> None:
     for batch in (1, 3, 40):
         check_gemm(batch, 2**17 + 77, 5, isa, density=0.001)
         check_gemm(batch, 67, 7001, isa, density=0.02, cuts=(0.1, 0.9))
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", GEMM_FORMATS)
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("batch", [1, 5, 67])
 def test_gemm_does_not_depend_on_the_split(isa: str, form: str, batch: int) -> None:
@@ -228,7 +237,7 @@ def test_gemm_does_not_depend_on_the_split(isa: str, form: str, batch: int) -> N
     assert np.array_equal(whole, layer.run(x, bias, out := residual.copy(), minimum=0, out=out)), "y may be the residual itself"
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", GEMM_FORMATS)
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("batch", [1, 3, 50])
 def test_gemm_nan_passes_the_clip_of_its_own_row_only(isa: str, form: str, batch: int) -> None:
@@ -353,6 +362,7 @@ def test_stored_values_count_the_zeros_of_half_full_blocks() -> None:
     weight[[0, 3, 4, 8], [1, 1, 2, 4]] = 1.0
     assert native.stored_values(9, 5, csr.pack(weight), "csr") == 4
     assert native.stored_values(9, 5, csr.pack(weight), "bsr") == 12
+    assert native.stored_values(9, 5, csr.pack(weight), "bsr1x4") == 16
     with pytest.raises(KernelError, match="packed format"):
         native.stored_values(9, 5, csr.pack(weight), "ell")
 

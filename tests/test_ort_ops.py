@@ -123,6 +123,16 @@ def test_attributes_out_of_range_are_refused() -> None:
     assert "weight_shape" in why and "first" in why, "field and node are named"
 
 
+@pytest.mark.parametrize(("node", "format"), [(0, "bsr1x4"), (0, "ell"), (2, "ell")])
+def test_formats_without_a_kernel_are_refused(node: int, format: str) -> None:
+    model = mutate.model()
+    made = list(operators.nodes(model))[node]
+    next(a for a in made.attribute if a.name == "format").s = format.encode()
+    assert "format: " in (why := mutate.survives(model) or "") and "expected" in why and made.name in why
+    with pytest.raises(FormatError, match=f"{made.name}: format: expected one of csr, bsr.*, got b'{format}'"):
+        operators.decode(model)
+
+
 def test_a_name_that_contradicts_the_attributes_is_refused() -> None:
     """A stock runtime goes by the name's function body, so the two must say the same."""
     model = mutate.model()

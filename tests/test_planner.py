@@ -14,6 +14,7 @@ from rich.console import Console
 
 from ticketkit import cost, formats
 from ticketkit.errors import FormatError
+from ticketkit.formats import bsr
 from ticketkit.lower import Network, lower
 from ticketkit.lower.operators import Execution
 from ticketkit.planner import DENSE, STORED, WORTH, Choice, Plan, plan, render
@@ -111,9 +112,11 @@ def test_full_blocks_are_found() -> None:
 
 
 def test_every_compute_format_has_a_cost_and_a_place_in_files() -> None:
-    assert set(STORED) == set(formats.names("compute"))
+    assert set(STORED) == set(formats.names("compute")) | set(bsr.KERNELS) == {DENSE, "csr", *bsr.KERNELS}
+    without = {"Conv": {"bsr1x4"}, "Depthwise": {"bsr", "bsr1x4"}, "Gemm": set()}
+    assert set(cost.COUNTS) == set(without)
     for operator, by_format in cost.COUNTS.items():
-        assert set(by_format) == set(STORED) - ({"bsr"} if operator == "Depthwise" else set())
+        assert set(by_format) == set(STORED) - without[operator]
         for name, counted in by_format.items():
             assert set(cost.table()[operator][name]) == set(counted)
             assert all(ns >= 0 for ns in cost.table()[operator][name].values())

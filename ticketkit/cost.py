@@ -21,20 +21,20 @@ from ticketkit.formats import bsr
 from ticketkit.lower import Layer
 
 DENSE = "dense"
-TILE = {"csr": 80, "bsr": 24}  # pixels or batch rows of one tile: 10 and 3 vectors of 8 lanes
-BLOCK = {"csr": 32 * 1024, "bsr": 96 * 1024}  # bytes of input that a block of columns takes in a tile
+TILE = {"csr": 80, "bsr": 24, "bsr1x4": 80}  # pixels or batch rows of one tile: 10 and 3 vectors of 8 lanes
+BLOCK = {"csr": 32 * 1024, "bsr": 96 * 1024, "bsr1x4": 32 * 1024}  # bytes of input that a block of columns takes in a tile
 TABLE = Path(__file__).with_name("cost.json")
 
 COUNTS: dict[str, dict[str, tuple[str, ...]]] = {
     "Conv": {DENSE: ("madd", "input", "output", "call"), "csr": ("madd", "gather", "output", "visit", "call"),
              "bsr": ("madd", "gather", "output", "visit", "call")},
     "Depthwise": {DENSE: ("madd", "input", "output", "call"), "csr": ("madd", "input", "output", "call")},
-    "Gemm": {DENSE: ("madd", "stored", "input", "output", "call"), "csr": ("madd", "stored", "input", "output", "visit", "call"),
-             "bsr": ("madd", "stored", "input", "output", "visit", "call")},
+    "Gemm": {DENSE: ("madd", "stored", "input", "output", "call"),
+             **dict.fromkeys(("csr", "bsr", "bsr1x4"), ("madd", "dot", "stored", "input", "output", "visit", "call"))},
 }  # fmt: skip
 """Operator -> format -> what is counted: multiply-adds of stored values (zeros of half-full blocks and lanes behind the last pixel too),
-the stored values themselves, elements of input, gathered (csr: once for every column of the window) and of output, visits of a row of a
-tile by a block of columns, calls."""
+in products of one row, which have kernels of their own, as "dot" instead of "madd"; the stored values themselves; elements of input,
+gathered (csr: once for every column of the window) and of output; visits of a row of a tile by a block of columns; calls."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def stored(layer: Layer, format: str) -> int:
     """Values that a format stores of a layer's weight."""
     if format == DENSE:
         return layer.weight.size
-    return layer.nnz if format == "csr" else round(layer.nnz / bsr.fill(layer.weight, bsr.DEFAULT))
+    return layer.nnz if format == "csr" else round(layer.nnz / bsr.fill(layer.weight, bsr.KERNELS[format]))
 
 
 def counts(size: Size, format: str, values: int) -> dict[str, float]:
@@ -78,9 +78,11 @@ def counts(size: Size, format: str, values: int) -> dict[str, float]:
         return {"madd": float(values * images * size.y[2] * 8 * ceil(size.y[3] / 8)), **found}
     columns = size.weight[1] * (size.weight[3] if conv and format == "csr" else 1)
     tiles, lanes = images * ceil(pixels / TILE[format]), images * 8 * ceil(pixels / 8)
-    units = ceil(rows / bsr.DEFAULT[0]) if format == "bsr" else rows
+    units = ceil(rows / bsr.KERNELS[format][0]) if format in bsr.KERNELS else rows
+    if not conv and pixels == 1:
+        return {"madd": 0.0, "dot": float(values), "visit": float(units), **found}
     visits = units * tiles * ceil(columns * TILE[format] * 4 / BLOCK[format])
-    return {"madd": float(values * lanes), "gather": float(columns * lanes), "visit": float(visits), **found}
+    return {"madd": float(values * lanes), "dot": 0.0, "gather": float(columns * lanes), "visit": float(visits), **found}
 
 
 def predict_us(layer: Layer, format: str, values: int | None = None) -> float | None:

@@ -22,6 +22,7 @@ from ticketkit import cost, masks
 from ticketkit.errors import ModelError, TicketError
 from ticketkit.exporters._source import Source, load
 from ticketkit.lower import Layer, Network, lower
+from ticketkit.lower.operators import PACKED
 from ticketkit.masks import Block, Mask
 from ticketkit.planner import Plan, plan
 
@@ -67,12 +68,12 @@ class Level:
         return dense / chosen if chosen else 1.0
 
     def count(self, format: str) -> int:
-        """Number of layers that would run in a format: "dense", "csr" or "bsr"."""
+        """Number of layers that would run in a format: "dense", or one of `ticketkit.lower.operators.PACKED`."""
         return sum(c.format == format for c in self.plan.choices)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values only: the totals of `inspect`, the speedup, and every layer."""
-        formats = {f"{format}_layers": self.count(format) for format in ("csr", "bsr")}
+        formats = {f"{format}_layers": self.count(format) for format in PACKED}
         return {"sparsity": self.sparsity, "speedup": self.speedup, **self.plan.totals(), **formats, **self.plan.to_dict()}
 
 
@@ -299,12 +300,12 @@ def render(found: Estimate, layers: bool = False) -> Group:
     from ticketkit import planner
 
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for title in ("sparsity", "dense ms", "sparse ms", "speedup", "FLOPs left", "csr", "bsr", "of layers", "dense MB", "stored MB"):
+    for title in ("sparsity", "dense ms", "sparse ms", "speedup", "FLOPs left", *PACKED, "of layers", "dense MB", "stored MB"):
         table.add_column(title, justify="right", no_wrap=True)
     for level in found.levels:
         t, (dense, sparse) = level.plan.totals(), level.ms
         times = [f"{dense:.4g}", f"{sparse:.4g}", f"{level.speedup:.2f}x", f"{t['flops_left'] / max(t['flops_dense'], 1):.1%}"]
-        counts = [str(n) for n in (level.count("csr"), level.count("bsr"), len(level.plan.choices))]
+        counts = [str(n) for n in (*map(level.count, PACKED), len(level.plan.choices))]
         table.add_row(f"{level.sparsity:.2%}", *times, *counts, *(f"{t[f'weight_bytes_{k}'] / 1e6:.4g}" for k in ("dense", "stored")))
     shape = ", ".join(f"{name} {list(shape)}" for name, shape in found.levels[0].plan.inputs.items())
     head = (

@@ -17,12 +17,12 @@ from ticketkit import cost, formats
 from ticketkit.cost import DENSE
 from ticketkit.errors import FormatError
 from ticketkit.lower import Layer, Network
-from ticketkit.lower.operators import Execution
+from ticketkit.lower.operators import PACKED, Execution
 
 if TYPE_CHECKING:
     from rich.console import Group
 
-STORED = {DENSE: DENSE, "csr": "gaps", "bsr": "gaps"}  # format of a kernel -> format of its weights in a file
+STORED = {DENSE: DENSE, **dict.fromkeys(PACKED, "gaps")}  # format of a kernel -> format of its weights in a file
 WORTH = 0.9  # of the predicted dense time: a model that would not get below it stays dense, for predictions err
 
 

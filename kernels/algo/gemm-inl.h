@@ -1,5 +1,9 @@
 // Fully connected layer, for every weight format: y[n, m] = sum_k w[m, k] x[n, k]. One row of x: a sparse dot product per output. More rows:
 // lanes run along the batch, a tile of x and of y is transposed through the workspace. Included by isa/*.cc after the formats' rows.
+//
+// Units, a format, has kRows and kColumns of an entry, kMaxVectors of a tile, and
+//   add<V>(values, offsets, count, x, acc)            acc[kRows][V] += so many entries times their columns of the transposed x
+//   dot(values, offsets, count, x, columns, sum)      sum[kRows] += the same of one row of batch, of which so many columns can be read
 
 constexpr int64_t kSpan = int64_t{1} << 16;  // offsets are columns modulo this
 constexpr int64_t kSpanBlocks = kSpan / kGemmColumns;
@@ -12,26 +16,42 @@ struct Gemm {
   float *x_t, *y_t;  // some columns of x, and the accumulators: `tile` floats each, a lane for each row of batch
 };
 
-// kRows outputs of one row of batch: sum[r] += values[kRows * e + r] * x[offsets[e]].
-template <int kRows>
-static inline void dot(const float* values, const uint16_t* offsets, int64_t count, const float* x, float* sum) {
-  constexpr int kChains = 4;  // sums at once, to hide the latency of the additions
-  float part[kChains][kRows] = {};
+// One output of one row of batch, lanes along its entries: blocks of kColumns columns, of which the last may stick out of x.
+template <int kColumns>
+static inline void dot_lanes(const float* values, const uint16_t* offsets, int64_t count, const float* x, int64_t columns, float* sum) {
+  constexpr int kChains = 2, kBlocks = Vec::kLanes / kColumns;
+  if (kColumns > 1 && count > 0 && offsets[count - 1] + kColumns > columns) {
+    --count;
+    for (int64_t c = offsets[count], i = kColumns * count; c < columns; ++c, ++i) sum[0] += values[i] * x[c];
+  }
+  Vec part[kChains];
+  TK_UNROLL for (int c = 0; c < kChains; ++c) part[c] = Vec::set(0.0f);
   int64_t e = 0;
-  for (; count - e >= kChains; e += kChains) {
+  for (; count - e >= kChains * kBlocks; e += kChains * kBlocks) {
     TK_UNROLL for (int c = 0; c < kChains; ++c) {
-      const float column = x[offsets[e + c]];
-      TK_UNROLL for (int r = 0; r < kRows; ++r) part[c][r] += values[(e + c) * kRows + r] * column;
+      const int64_t at = e + c * kBlocks;
+      part[c] = fma(Vec::load(values + kColumns * at), Vec::gather<kColumns>(x, offsets + at), part[c]);
     }
   }
-  for (; e < count; ++e) {
-    TK_UNROLL for (int r = 0; r < kRows; ++r) part[0][r] += values[e * kRows + r] * x[offsets[e]];
+  for (; count - e >= kBlocks; e += kBlocks) {
+    part[0] = fma(Vec::load(values + kColumns * e), Vec::gather<kColumns>(x, offsets + e), part[0]);
   }
-  TK_UNROLL for (int c = 0; c < kChains; ++c) TK_UNROLL for (int r = 0; r < kRows; ++r) sum[r] += part[c][r];
+  if (e < count && count >= kBlocks) {  // the last whole vector once more, without the lanes that are in
+    const Vec left = Vec::mask((kBlocks - (count - e)) * kColumns, Vec::kLanes);
+    const int64_t at = count - kBlocks;
+    part[1] = fma(Vec::load(values + kColumns * at), Vec::gather<kColumns>(x, offsets + at) & left, part[1]);
+    e = count;
+  }
+  TK_UNROLL for (int c = 1; c < kChains; ++c) part[0] = part[0] + part[c];
+  sum[0] += part[0].sum();
+  for (; e < count; ++e) {
+    for (int c = 0; c < kColumns; ++c) sum[0] += values[kColumns * e + c] * x[offsets[e] + c];
+  }
 }
 
-template <int kRows>
+template <class Units>
 static void gemm_row(const Gemm& g) {
+  constexpr int kRows = Units::kRows, kEntry = kRows * Units::kColumns;
   const Packed& p = g.p;
   const tk_args& a = g.a;
   const float* const x = a.x + g.n * p.cols;
@@ -40,7 +60,8 @@ static void gemm_row(const Gemm& g) {
     const uint32_t* const starts = p.row_ptr(0) + m / kRows * p.blocks;
     for (int64_t block = 0; block < p.blocks; block += kSpanBlocks) {
       const int64_t at = starts[block], end = starts[smaller(block + kSpanBlocks, p.blocks)];
-      dot<kRows>(p.values() + kRows * at, p.offsets() + at, end - at, x + p.block_begin(block), sum);
+      const int64_t begin = p.block_begin(block);
+      Units::dot(p.values() + kEntry * at, p.offsets() + at, end - at, x + begin, p.cols - begin, sum);
     }
     for (int64_t r = 0; r < smaller(kRows, g.row_end - m); ++r) {
       const int64_t at = g.n * p.rows + m + r;
@@ -49,7 +70,7 @@ static void gemm_row(const Gemm& g) {
   }
 }
 
-// Columns [begin, end) of x to x_t; lanes behind the last row of batch are zero.
+// Columns [begin, end) of x to x_t, and zeros to a whole block behind them; lanes behind the last row of batch are zero.
 static void transpose_x(const Gemm& g, int64_t begin, int64_t end) {
   constexpr int kLanes = Vec::kLanes;
   const int64_t cols = g.p.cols, tile = g.tile;
@@ -67,7 +88,7 @@ static void transpose_x(const Gemm& g, int64_t begin, int64_t end) {
       } else {
         for (int i = 0; i < kLanes; ++i) square[i] = i < rows ? Vec::load_first(from + i * cols, columns) : Vec::set(0.0f);
         transpose(square);
-        for (int i = 0; i < columns; ++i) square[i].store(to + i * tile);
+        for (int i = 0; i < round_up(columns, kBlockColumns); ++i) square[i].store(to + i * tile);
       }
     }
   }
@@ -102,10 +123,10 @@ static void transpose_y(const Gemm& g, int64_t begin, int64_t end) {
   }
 }
 
-// Every group of blocks of columns passes over all outputs in turn. Units: a format's inner loop.
+// Every group of blocks of columns passes over all outputs in turn.
 template <class Units, int V>
 static void gemm_tile(const Gemm& g) {
-  constexpr int64_t kTile = V * Vec::kLanes, kRows = Units::kRows, kAhead = 4;
+  constexpr int64_t kTile = V * Vec::kLanes, kRows = Units::kRows, kEntry = kRows * Units::kColumns, kAhead = 4;
   const Packed& p = g.p;
   const float *const values = p.values(), *const bias = g.a.bias;
   const uint16_t* const offsets = p.offsets();
@@ -121,14 +142,14 @@ static void gemm_tile(const Gemm& g) {
       const int64_t at = starts[block], end = starts[next];
       // A block's pieces of rows lie apart, where no hardware prefetcher follows.
       const uint32_t* const ahead = starts + (m + kAhead * kRows < g.row_end ? kAhead * blocks : 0);
-      for (int64_t e = ahead[block]; e < ahead[next]; e += 16 / kRows) __builtin_prefetch(values + kRows * e);
+      for (int64_t e = ahead[block]; e < ahead[next]; e += 16 / kEntry) __builtin_prefetch(values + kEntry * e);
       for (int64_t e = ahead[block]; e < ahead[next]; e += 32) __builtin_prefetch(offsets + e);
       Vec acc[kRows][V];
       TK_UNROLL for (int r = 0; r < kRows; ++r) {
         const Vec start = Vec::set(block == 0 && bias && m + r < g.row_end ? bias[m + r] : 0.0f);
         TK_UNROLL for (int v = 0; v < V; ++v) acc[r][v] = block == 0 ? start : Vec::load(y_t + r * kTile + v * Vec::kLanes);
       }
-      Units::template add<V>(values + kRows * at, offsets + at, end - at, x, acc);
+      Units::template add<V>(values + kEntry * at, offsets + at, end - at, x, acc);
       TK_UNROLL for (int r = 0; r < kRows; ++r) TK_UNROLL for (int v = 0; v < V; ++v) acc[r][v].store(y_t + r * kTile + v * Vec::kLanes);
       const int64_t done = smaller(m + kRows, g.row_end);
       if (next == blocks && (done % kGroupRows == 0 || done == g.row_end)) transpose_y(g, (done - 1) / kGroupRows * kGroupRows, done);
@@ -153,7 +174,7 @@ static void gemm(const Packed& p, const tk_args& a, int64_t part_begin, int64_t 
     for (int64_t i = 0; i < groups; i += chunk) {
       const int64_t row_begin = (group + i) * kGroupRows, row_end = smaller(p.rows, (group + smaller(i + chunk, groups)) * kGroupRows);
       const Gemm g{p, a, n, count, tile, row_begin, row_end, workspace, workspace + p.x_floats};
-      count == 1 ? gemm_row<Units::kRows>(g) : gemm_tiles<Units>(g);
+      count == 1 ? gemm_row<Units>(g) : gemm_tiles<Units>(g);
     }
     part += groups;
   }

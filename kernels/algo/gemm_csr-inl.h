@@ -1,9 +1,12 @@
 // Fully connected layer with CSR weights. Included by isa/*.cc after gemm-inl.h.
 struct CsrUnits {
-  static constexpr int kRows = 1, kMaxVectors = kGemmTileVectors;
+  static constexpr int kRows = 1, kColumns = 1, kMaxVectors = kGemmTileVectors;
   template <int V>
   static inline void add(const float* values, const uint16_t* offsets, int64_t count, const float* x, Vec (*acc)[V]) {
     csr_row<V, V * Vec::kLanes>(values, offsets, count, x, acc[0]);
+  }
+  static inline void dot(const float* values, const uint16_t* offsets, int64_t count, const float* x, int64_t columns, float* sum) {
+    dot_lanes<kColumns>(values, offsets, count, x, columns, sum);
   }
 };
 

@@ -22,6 +22,23 @@ struct Vec {
     const __m256 mixed = _mm256_shuffle_ps(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8), 0x88);
     return {_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(mixed), 0xd8))};
   }
+  // Lanes p[offsets[0]] and so many more, p[offsets[1]] and so many more, and so on.
+  template <int kColumns>
+  static Vec gather(const float* p, const uint16_t* offsets) {
+    if constexpr (kColumns == 1) {
+      uint64_t low, high;
+      __builtin_memcpy(&low, offsets, 8);
+      __builtin_memcpy(&high, offsets + 4, 8);
+      return {_mm256_setr_ps(p[low & 0xffff], p[(low >> 16) & 0xffff], p[(low >> 32) & 0xffff], p[low >> 48], p[high & 0xffff],
+                             p[(high >> 16) & 0xffff], p[(high >> 32) & 0xffff], p[high >> 48])};
+    }
+    return {_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p + offsets[0])), _mm_loadu_ps(p + offsets[1]), 1)};
+  }
+  float sum() const {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+  }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   // Not by maskstore: microcode on AMD, 40 cycles and more.
   void store_first(float* p, int32_t n) const {

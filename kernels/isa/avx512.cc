@@ -26,6 +26,18 @@ struct Vec {
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     return {_mm512_permutex2var_ps(_mm512_loadu_ps(p), even, _mm512_loadu_ps(p + 16))};
   }
+  // Lanes p[offsets[0]] and so many more, p[offsets[1]] and so many more, and so on.
+  template <int kColumns>
+  static Vec gather(const float* p, const uint16_t* offsets) {
+    if constexpr (kColumns == 1) {
+      return {_mm512_i32gather_ps(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(offsets))), p, 4)};
+    }
+    const __m512 one = _mm512_castps128_ps512(_mm_loadu_ps(p + offsets[0]));
+    const __m512 two = _mm512_insertf32x4(one, _mm_loadu_ps(p + offsets[1]), 1);
+    const __m512 three = _mm512_insertf32x4(two, _mm_loadu_ps(p + offsets[2]), 2);
+    return {_mm512_insertf32x4(three, _mm_loadu_ps(p + offsets[3]), 3)};
+  }
+  float sum() const { return _mm512_reduce_add_ps(v); }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store_first(float* p, int32_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
   Vec operator+(const Vec& b) const { return {_mm512_add_ps(v, b.v)}; }

@@ -11,6 +11,7 @@
 #include "../algo/gemm-inl.h"
 #include "../algo/gemm_csr-inl.h"
 #include "../algo/gemm_bsr-inl.h"
+#include "../algo/gemm_bsr1x4-inl.h"
 
 static constexpr Isa describe(const char* name, int32_t rank, bool (*usable)()) {
   return {name,

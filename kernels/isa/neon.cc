@@ -19,6 +19,16 @@ struct Vec {
   }
   // Lanes p[0], p[2], …; reads p[0 … 7].
   static Vec load_even(const float* p) { return {vuzp1q_f32(vld1q_f32(p), vld1q_f32(p + 4))}; }
+  // Lanes p[offsets[0]] and so many more, p[offsets[1]] and so many more, and so on.
+  template <int kColumns>
+  static Vec gather(const float* p, const uint16_t* offsets) {
+    if constexpr (kColumns == 1) {
+      const float lanes[kLanes] = {p[offsets[0]], p[offsets[1]], p[offsets[2]], p[offsets[3]]};
+      return load(lanes);
+    }
+    return load(p + offsets[0]);
+  }
+  float sum() const { return vaddvq_f32(v); }
   void store(float* p) const { vst1q_f32(p, v); }
   void store_first(float* p, int32_t n) const {
     float lanes[kLanes];

@@ -24,6 +24,18 @@ struct Vec {
     for (int i = 0; i < kLanes; ++i) r.lane[i] = p[2 * i];
     return r;
   }
+  // Lanes p[offsets[0]] and so many more, p[offsets[1]] and so many more, and so on.
+  template <int kColumns>
+  static Vec gather(const float* p, const uint16_t* offsets) {
+    Vec r;
+    for (int i = 0; i < kLanes; ++i) r.lane[i] = p[offsets[i / kColumns] + i % kColumns];
+    return r;
+  }
+  float sum() const {
+    float total = 0;
+    for (const float x : lane) total += x;
+    return total;
+  }
   void store_first(float* p, int32_t n) const {
     for (int i = 0; i < n; ++i) p[i] = lane[i];
   }

@@ -2,7 +2,7 @@
 //
 //   inputs      X f32, values f32 [nnz], gaps u16 [nnz] (see tk_gaps_decode), B f32 [out], and for SparseConvAdd* Z f32, the residual
 //   attributes  weight_shape, activation "None" | "Relu" | "Clip" (with min, max); SparseConv: strides [2], pads [4], dilations [2];
-//               group, 1 or, depthwise, the number of channels; format "csr" | "bsr", the form to pack in; SparseConv: tuning [6]: lanes,
+//               group, 1 or, depthwise, the number of channels; format "csr" | "bsr" | SparseGemm: "bsr1x4", the form to pack in; SparseConv: tuning [6]: lanes,
 //               height and width of the image it holds for, and tile_vectors, block_channels, group_tiles (tk_tuning); SparseConv:
 //               x_layout and y_layout "planes" | "csr" | "bsr" (tk_layout) of X, and of Y and Z: where another node of this library is
 //               at the other end. The last five may be absent.
@@ -207,8 +207,9 @@ class Node {
   }
 
   void read_execution(const KernelInfo* info) {
-    format_ = static_cast<tk_format>(read_name(info, "format", {"csr", "bsr"}));
+    format_ = static_cast<tk_format>(read_name(info, "format", {"csr", "bsr", "bsr1x4"}));
     if (!is_conv_) return;
+    if (format_ == TK_BSR_1X4) fail(kInvalidGraph, "format: bsr1x4 is for SparseGemm only; expected csr or bsr");
     x_layout_ = read_name(info, "x_layout", {"planes", "csr", "bsr"});
     y_layout_ = read_name(info, "y_layout", {"planes", "csr", "bsr"});
     if (group_ > 1 && (x_layout_ || y_layout_)) fail(kInvalidGraph, "x_layout, y_layout: expected planes for a depthwise convolution");

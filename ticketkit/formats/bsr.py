@@ -22,7 +22,8 @@ ROLE = "compute"
 PARTS = ("values", "col_indices", "row_ptr", "block")
 Block = tuple[int, int]
 BLOCKS: tuple[Block, ...] = ((16, 1), (8, 1), (4, 1), (1, 16), (1, 8), (1, 4))  # best first: along output channels, and large
-DEFAULT: Block = (4, 1)  # of the BSR kernels
+KERNELS: dict[str, Block] = {"bsr": (4, 1), "bsr1x4": (1, 4)}  # blocks of the forms that kernels pack weights in (tk_format)
+DEFAULT: Block = KERNELS["bsr"]
 LARGEST = 65535
 
 

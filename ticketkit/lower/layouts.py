@@ -13,7 +13,7 @@ from math import prod
 
 from ticketkit.lower.fuse import Fused
 from ticketkit.lower.graph import Graph
-from ticketkit.lower.operators import PACKED, Execution
+from ticketkit.lower.operators import TILES, Execution
 
 IN_PIECES = -4.0  # gained by a layout in tiles of another width than its writer's, in gatherings of every element
 
@@ -37,7 +37,7 @@ def layouts(graph: Graph, fused: Sequence[Fused], chosen: Mapping[str, Execution
     for f in convolutions:
         format = chosen[f.layer.name].format
         gains[chains.of(f.layer.x)].update(_gains(f, format))
-        gains[chains.of(f.output)].update({layout: IN_PIECES for layout in PACKED if layout != format})
+        gains[chains.of(f.output)].update({layout: IN_PIECES for layout in TILES if layout != format})
     read = Counter(name for f in convolutions for name in (f.layer.x, f.epilogue.residual) if name)
     inside = {f.output for f in convolutions if len(graph.consumers.get(f.output, ())) == read[f.output]}
     fixed = {chains.of(name) for name in read.keys() | {f.output for f in convolutions} if name not in inside}
@@ -56,9 +56,9 @@ def layouts(graph: Graph, fused: Sequence[Fused], chosen: Mapping[str, Execution
 def _gains(f: Fused, format: str) -> dict[str, float]:
     """What a reader gains from each layout of its input; 1 is gathering every element once."""
     if f.layer.pointwise:
-        return {layout: 1.0 if layout == format else -0.25 for layout in PACKED}
+        return {layout: 1.0 if layout == format else -0.25 for layout in TILES}
     gathered = f.layer.weight.shape[3] / prod(f.layer.window["strides"])
-    return dict.fromkeys(PACKED, -gathered)  # gathered from tiles in about twice the time
+    return dict.fromkeys(TILES, -gathered)  # gathered from tiles in about twice the time
 
 
 class _Chains:

@@ -6,7 +6,8 @@
 Everything else is float32. Attributes: ``weight_shape`` [M,C,kh,kw] or [M,K], ``numel`` [its product], ``activation`` "None", "Relu" or
 "Clip" (then ``min`` and ``max``), and for SparseConv ``strides`` [2], ``pads`` [top, left, bottom, right], ``dilations`` [2] and ``group``,
 1 (also where it is absent, as in older files) or C for a depthwise W [C,1,kh,kw]. W is gap-coded (`ticketkit.formats.gaps`). How a library
-should run it is said by ``format`` "csr" (default) or "bsr" (not for depthwise), the form the weight is packed in, and for SparseConv
+should run it is said by ``format`` "csr" (default), "bsr" (not for depthwise) or, for SparseGemm, "bsr1x4", the form the weight is packed
+in (tk_format of kernels/ticketkit.h), and for SparseConv
 ``tuning`` [6]: how it is cut up on vectors of so many lanes and images of such height and width (tile_vectors, block_channels, group_tiles
 of kernels/ticketkit.h); zeros leave it to the library, other lanes and images too. ``x_layout`` and ``y_layout`` "planes" (default), "csr"
 or "bsr" give the order of the floats of X, and of Y and Z, in memory (tk_layout of the same header; `ticketkit.lower.layouts`): both ends
@@ -41,8 +42,9 @@ CONV, GEMM = "SparseConv", "SparseGemm"
 DIGEST = "ticketkit.sha256"  # metadata key: hash of the whole model, by which `read` knows damage
 OWN = ("ticketkit.version", DIGEST)  # metadata of the file that was read, not of what is made from it
 WINDOW = ("strides", "pads", "dilations")
-PACKED = ("csr", "bsr")
-LAYOUTS = ("planes", *PACKED)
+PACKED = ("csr", "bsr", "bsr1x4")
+TILES = ("csr", "bsr")  # orders of floats in tiles, those that convolutions of these formats have
+LAYOUTS = ("planes", *TILES)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Execution:
     """How a library should run a node; results differ in rounding only.
 
     Attributes:
-        format: the form its weight is packed in, of `PACKED`.
+        format: the form its weight is packed in, of `PACKED`; convolutions have no "bsr1x4".
         tuning: (lanes, image height, image width, tile_vectors, block_channels, group_tiles), zeros for the library's choice.
         x_layout, y_layout: of its input, and of its output and residual, of `LAYOUTS`.
     """
@@ -222,12 +224,12 @@ def _decode(node: NodeProto, constants: dict[str, onnx.TensorProto]) -> Sparse:
     epilogue = _epilogue(attributes, node.input[4] if len(node.input) == 5 else "")
     if node.op_type != op + epilogue.suffix:
         raise FormatError(f"operator {node.op_type}: inputs and attributes are those of {op + epilogue.suffix}")
-    return Sparse(shape, parts, window, group, epilogue, _execution(attributes))
+    return Sparse(shape, parts, window, group, epilogue, _execution(attributes, op))
 
 
-def _execution(attributes: dict[str, Any]) -> Execution:
+def _execution(attributes: dict[str, Any], op: str) -> Execution:
     default = Execution()
-    form = _name(attributes, "format", PACKED)
+    form = _name(attributes, "format", PACKED if op == GEMM else TILES)
     tuning = _ints(attributes, "tuning", 6, 0) if "tuning" in attributes else default.tuning
     return Execution(form, tuple(tuning), _name(attributes, "x_layout", LAYOUTS), _name(attributes, "y_layout", LAYOUTS))
 

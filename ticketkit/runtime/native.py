@@ -25,7 +25,7 @@ from ticketkit.formats import Parts
 
 FloatArray = NDArray[np.float32]
 ALIGNMENT = 64  # bytes, TK_ALIGNMENT
-_FORMATS = {"csr": 0, "bsr": 1}  # tk_format
+_FORMATS = {"csr": 0, "bsr": 1, "bsr1x4": 2}  # tk_format
 _LAYOUTS = {"planes": 0, "csr": 1, "bsr": 2}  # tk_layout
 _FORMAT_STATUSES = range(3, 7)  # TK_BAD_VALUES … TK_BAD_GAPS: the weight is at fault, not the call
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
@@ -324,7 +324,7 @@ def conv2d(shape: ConvShape, parts: Parts, *, format: str = "csr", isa: str | No
 def gemm(rows: int, cols: int, parts: Parts, *, format: str = "csr", isa: str | None = None) -> Layer:
     """Packs a fully connected layer whose weight [rows = out_features, cols = in_features] is given as CSR arrays (formats/csr.py).
 
-    `format` as in `conv2d`. Raises FormatError, KernelError.
+    `format` as in `conv2d`, or "bsr1x4" for blocks of 4 columns of one row. Raises FormatError, KernelError.
     """
     tk, csr, index, size = _library(), _csr(rows, cols, parts), _isa_index(isa), c.c_size_t()
     form = _named("packed format", format, _FORMATS)
