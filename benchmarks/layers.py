@@ -266,7 +266,7 @@ def main(words: Sequence[str] | None = None) -> int:
                     file.flush()
                     found |= {row.key: row for row in fresh}
     finally:  # after Ctrl-C too
-        console = Console()
+        console = Console(width=None if sys.stdout.isatty() else 140)
         console.print(totals(found, entries, chosen.network, wanted))
         console.print()
         console.print(furthest(found, entries, chosen.network, wanted))
