@@ -123,7 +123,8 @@ def main(words: Sequence[str] | None = None) -> int:
     asked = chosen.engine or group.engines
     picked = engines.require(asked) if asked else engines.usable()[0]
     required = asked or [engines.label(engine) for engine in picked]
-    protocol, console = timing.Protocol(rounds=chosen.rounds, seconds=chosen.seconds), Console()
+    protocol = timing.Protocol(rounds=chosen.rounds, seconds=chosen.seconds)
+    console = Console(width=None if sys.stdout.isatty() else 140)
     chosen.results.parent.mkdir(parents=True, exist_ok=True)
     failures: list[str] = []
     for model in chosen.model or map(Model.parse, group.models):
