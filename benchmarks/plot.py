@@ -48,8 +48,10 @@ def panels(path: Path, cpu: str | None = None) -> Panels:
     rows = [row for row in read(path) if row["engine"] == ENGINE and row["speedup"] is not None and row["sparsity_prunable"] is not None]
     rows.sort(key=lambda row: str(row["timestamp"]))
     cpu = cpu or (rows[-1]["cpu"] if rows else None)
-    newest: dict[tuple[str, Setting], dict[str, Any]] = {
-        (row["model"], (row["batch"], row["threads"])): row for row in rows if row["cpu"] == cpu and FILE.fullmatch(row["model"])
+    newest: dict[tuple[str, Setting], dict[str, Any]] = {  # a network is measured as its plain file where no layer gains
+        (row["model"].replace("-plain", ""), (row["batch"], row["threads"])): row
+        for row in rows
+        if row["cpu"] == cpu and FILE.fullmatch(row["model"])
     }
     if not newest:
         raise DataError(f"{path}: no row of {ENGINE} with a speedup{f' on {cpu}' if cpu else ''}; run benchmarks/models.py first")
@@ -88,6 +90,7 @@ def title(model: str) -> str:
 def draw(found: Panels, output: Path) -> None:
     """Write the picture; its suffix (.svg, .png) decides the format."""
     try:
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
         from matplotlib.ticker import PercentFormatter
     except ImportError as error:
@@ -106,7 +109,8 @@ def draw(found: Panels, output: Path) -> None:
         axes.set(title=name, xlabel="sparsity of the prunable weights", ylabel="speedup", ylim=(0, None))
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.legend(fontsize="small")
-    figure.savefig(output)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": ENGINE}):  # small, and the same from run to run
+        figure.savefig(output, metadata={"Date": None} if output.suffix == ".svg" else None)
 
 
 def main(words: Sequence[str] | None = None) -> None:
