@@ -117,8 +117,8 @@ int main(int argc, char** argv) {
     for (int32_t isa = 0; isa < tk_isa_count(); ++isa) {
       if (!tk_isa_usable(isa)) continue;
       ++usable;
-      for (const tk_format format : {TK_CSR, TK_BSR}) {
-        if (c.depthwise && format == TK_BSR) continue;
+      for (const tk_format format : {TK_CSR, TK_BSR, TK_BSR_1X4}) {
+        if (format == TK_BSR_1X4 ? c.conv : format == TK_BSR && c.depthwise) continue;
         for (const tk_layout layout : {TK_PLANES, TK_CSR_TILES, TK_BSR_TILES}) {
           if (layout != TK_PLANES && (!c.conv || c.depthwise)) continue;
           const float worst = c.run(isa, format, layout);

@@ -111,6 +111,15 @@ def test_full_blocks_are_found() -> None:
         assert choice(network).kernel == f"conv2d_{expected}_f32"
 
 
+@pytest.mark.parametrize(("block", "expected"), [((1, 1), "csr"), ((4, 1), "bsr"), ((1, 4), "bsr1x4"), ((1, 16), "bsr1x4")])
+def test_full_blocks_of_a_product_are_found(block: tuple[int, int], expected: str) -> None:
+    rng = np.random.default_rng(0)
+    grid = np.where(rng.random((512 // block[0], 1024 // block[1])) < 0.9, 0, 1)
+    weight = rng.standard_normal((512, 1024)).astype(np.float32) * np.kron(grid, np.ones(block, np.float32)).astype(np.float32)
+    network = lower(graph([node("Gemm", "x w", "y", transB=1)], {"x": [1, 1024]}, ["y"], {"w": weight}))
+    assert (choice(network).format, choice(network).kernel) == (expected, f"gemm_{expected}_f32")
+
+
 def test_every_compute_format_has_a_cost_and_a_place_in_files() -> None:
     assert set(STORED) == set(formats.names("compute")) | set(bsr.KERNELS) == {DENSE, "csr", *bsr.KERNELS}
     without = {"Conv": {"bsr1x4"}, "Depthwise": {"bsr", "bsr1x4"}, "Gemm": set()}
