@@ -23,8 +23,10 @@ struct Vec {
   template <int kColumns>
   static Vec gather(const float* p, const uint16_t* offsets) {
     if constexpr (kColumns == 1) {
-      const float lanes[kLanes] = {p[offsets[0]], p[offsets[1]], p[offsets[2]], p[offsets[3]]};
-      return load(lanes);
+      float32x4_t lanes = vld1q_dup_f32(p + offsets[0]);
+      lanes = vld1q_lane_f32(p + offsets[1], lanes, 1);
+      lanes = vld1q_lane_f32(p + offsets[2], lanes, 2);
+      return {vld1q_lane_f32(p + offsets[3], lanes, 3)};
     }
     return load(p + offsets[0]);
   }
