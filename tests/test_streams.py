@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,10 @@ from batches import CHANNELS, sparse_model, whole
 from graphs import Array, Dims, conv_net, node, normal
 from hypothesis import given
 from hypothesis import strategies as st
+from onnx import NodeProto
 
 from ticketkit.errors import DataError, ModelError
+from ticketkit.exporters.onnx import finish
 from ticketkit.lower.batch import independent
 from ticketkit.runtime import streams
 from ticketkit.runtime.streams import IDLE, PIECE_BYTES, Streams, cores, pieces
@@ -124,21 +127,65 @@ def test_runs_whole(name: str, asked: list[int]) -> None:
     assert asked == []
 
 
-def test_one_copy_of_the_weights_until_needed(monkeypatch: pytest.MonkeyPatch, asked: list[int]) -> None:
-    made: list[int] = []
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many threads each onnxruntime session has, in the order they are made."""
+    counts: list[int] = []
     original = onnxruntime.InferenceSession
 
     def counted(*args: Any, **options: Any) -> Any:
-        made.append(args[1].intra_op_num_threads)
+        counts.append(args[1].intra_op_num_threads)
         return original(*args, **options)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", counted)
-    data = sparse_model().SerializeToString()
+    return counts
+
+
+def unsealed(*tail: NodeProto) -> bytes:
+    return sparse_model(*tail).SerializeToString()
+
+
+def sealed(*tail: NodeProto) -> bytes:
+    """As `export` writes it: loaded without a look inside, which is had when a batch is first to be cut."""
+    return finish(sparse_model(*tail))
+
+
+@pytest.mark.parametrize("content", [unsealed, sealed])
+def test_one_copy_of_the_weights_until_needed(content: Callable[[], bytes], made: list[int], asked: list[int]) -> None:
+    data = content()
     one, two = InferenceSession(data, threads=1), InferenceSession(data, threads=2)
     for batch in (4, 1, 4, 6):
         for session in (one, two):
             session.run(None, {"x": normal(batch, CHANNELS, 6, 6)})
             assert made == ([1, 2] if session is one and len(asked) < 2 else [1, 2, 1])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_sealed_file(threads: int, made: list[int], asked: list[int], tmp_path: Path) -> None:
+    """Cut where its images are apart; run whole where they are not, and where another file has taken its place since."""
+    x, path = normal(4, CHANNELS, 6, 6), tmp_path / "sealed.onnx"
+    path.write_bytes(sealed())
+    expected = whole(sparse_model(), x)
+    made.clear()
+    cut, later = InferenceSession(path, threads=threads), InferenceSession(path, threads=threads)
+    np.testing.assert_array_equal(cut.run(None, {"x": x})[0], expected)
+    path.write_bytes(finish(sparse_model(node("Tanh", "b", "y"))))
+    np.testing.assert_array_equal(later.run(None, {"x": x})[0], expected)
+    path.write_bytes(finish(sparse_model(*MEAN_OVER_THE_BATCH, constants={"c": np.array([0])})))
+    mixed = InferenceSession(path, threads=threads)
+    assert np.isfinite(mixed.run(None, {"x": x})[0]).all()
+    assert asked == [4] * 3
+    assert made == ([1, 1, 1] if threads == 1 else [2, 2, 1, 2]), "a further session for the first alone"
+
+
+def test_run_options_reach_every_piece(asked: list[int]) -> None:
+    session, options = InferenceSession(unsealed(), threads=2), onnxruntime.RunOptions()
+    options.terminate = True
+    with pytest.raises(ModelError, match="terminate"):
+        session.run(None, {"x": normal(4, CHANNELS, 6, 6)}, options)
+    options.terminate = False
+    assert len(session.run(None, {"x": normal(4, CHANNELS, 6, 6)}, options)[0]) == 4
+    assert asked == [4] * 2
 
 
 def test_wrong_inputs_and_errors_in_a_stream(asked: list[int]) -> None:

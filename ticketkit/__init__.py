@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ticketkit.estimator import estimate
     from ticketkit.exporters import export
     from ticketkit.runtime.native import library_path as get_library_path
+    from ticketkit.runtime.ort import register
     from ticketkit.search.imp import find
     from ticketkit.session import InferenceSession
     from ticketkit.ticket import Ticket
@@ -30,8 +31,9 @@ _HOME = {  # public name -> (module, name there)
     "export": ("ticketkit.exporters", "export"),
     "find": ("ticketkit.search.imp", "find"),
     "get_library_path": ("ticketkit.runtime.native", "library_path"),
+    "register": ("ticketkit.runtime.ort", "register"),
 }
-__all__ = ["InferenceSession", "Ticket", "TicketkitError", "__version__", "estimate", "export", "find", "get_library_path"]
+__all__ = ["InferenceSession", "Ticket", "TicketkitError", "__version__", "estimate", "export", "find", "get_library_path", "register"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
 // ONNX Runtime operators of domain ai.ticketkit (version 1) over the kernels of ticketkit.h: SparseConv and SparseGemm (node.h), each under
 // one name for every function body a file may carry, such as SparseConvAddRelu (kNames). The session option "ai.ticketkit.threads" says
-// over how many threads work is split (default: one per core).
+// over how many threads work is split (default: one per core). Registering a second time with the same session options changes nothing.
 #include <array>
 #include <cstdlib>
 #include <cstring>
@@ -83,11 +83,15 @@ struct Domain {
   CustomOpDomain* handle = nullptr;
 };
 
-int64_t threads_of(const Api* api, const SessionOptions* options) {
-  const char* const key = "ai.ticketkit.threads";
+bool has_config(const Api* api, const SessionOptions* options, const char* key) {
   int has = 0;
   check(api, has_session_config(api, options, key, &has));
-  if (has) {
+  return has != 0;
+}
+
+int64_t threads_of(const Api* api, const SessionOptions* options) {
+  const char* const key = "ai.ticketkit.threads";
+  if (has_config(api, options, key)) {
     char value[32] = "";
     size_t size = sizeof(value);
     check(api, session_config(api, options, key, value, &size));
@@ -117,6 +121,13 @@ CustomOpDomain* domain_for(const Api* api, int64_t threads) {
   return slot->handle;
 }
 
+void register_with(const Api* api, SessionOptions* options) {
+  const char* const key = "ai.ticketkit.registered";
+  if (has_config(api, options, key)) return;
+  check(api, add_domain(api, options, domain_for(api, threads_of(api, options))));
+  check(api, add_session_config(api, options, key, "1"));
+}
+
 }  // namespace
 }  // namespace tk::ort
 
@@ -128,5 +139,5 @@ extern "C" TK_API tk::ort::Status* RegisterCustomOps(tk::ort::SessionOptions* op
     const std::string text = std::string("ticketkit: onnxruntime ") + base->get_version_string() + " is too old; 1.18 or newer is needed";
     return create_status(base->get_api(1), kFail, text.c_str());  // slot 0, there in every version
   }
-  return guarded(api, [&] { check(api, add_domain(api, options, domain_for(api, threads_of(api, options)))); });
+  return guarded(api, [&] { register_with(api, options); });
 }

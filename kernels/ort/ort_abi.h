@@ -82,6 +82,7 @@ struct CustomOp {
   TK_ORT(91, output, Status*, (KernelContext*, size_t, const int64_t*, size_t, Value**))     \
   TK_ORT(93, release_status, void, (Status*))                                                \
   TK_ORT(99, release_tensor_info, void, (TensorInfo*))                                       \
+  TK_ORT(130, add_session_config, Status*, (SessionOptions*, const char*, const char*))      \
   TK_ORT(163, attribute_ints, Status*, (const KernelInfo*, const char*, int64_t*, size_t*))  \
   TK_ORT(237, has_session_config, Status*, (const SessionOptions*, const char*, int*))       \
   TK_ORT(238, session_config, Status*, (const SessionOptions*, const char*, char*, size_t*)) \

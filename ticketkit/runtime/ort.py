@@ -13,7 +13,8 @@ THREADS_KEY = "ai.ticketkit.threads"  # session option: how many threads the ope
 def register(options: Any) -> None:
     """Adds SparseConv, SparseGemm and their fused variants (domain `ai.ticketkit`) to an onnxruntime `SessionOptions`.
 
-    Call it after `intra_op_num_threads` is set: the operators split their work over that many threads (0: all cores).
+    Every session made with these options then runs exported files sparse. Call it after `intra_op_num_threads` is set: the operators split
+    their work over that many threads (0: all cores). A second call changes nothing.
     Raises KernelError where the library is missing, cannot be loaded or `$TICKETKIT_ISA` cannot run here.
     """
     path = native.library_path()

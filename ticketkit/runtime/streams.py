@@ -30,16 +30,17 @@ class Streams:
     is cut. Where the session itself has one thread it is the stream, and runs the pieces one after the other.
     """
 
-    def __init__(self, session: Any, threads: int, single: Callable[[], Any] | None) -> None:
+    def __init__(self, session: Any, threads: int, single: Callable[[], Any]) -> None:
         """Args:
         session: an `onnxruntime.InferenceSession`.
         threads: how many streams.
-        single: makes the same session on one thread; called at most once. None: the session itself has one thread, and so has `threads`.
+        single: makes the same session on one thread, or gives that itself where it has one; None where batches may not be cut. Called at
+            most once, for the first batch worth cutting.
         """
         self._session = session
         self._threads = threads
-        self._make = single
-        self._single = session
+        self._make: Callable[[], Any] | None = single
+        self._single: Any = None
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(threads, "ticketkit") if threads > 1 else None  # starts no thread before it has work
 
@@ -54,11 +55,10 @@ class Streams:
         parts: list[slice] = []
         if batch > 1 and all(len(array) == batch for array in arrays):
             parts = pieces(batch, sum(array.nbytes for array in arrays) // batch, self._threads)
-        if len(parts) < 2:
+        single = self._one_thread() if len(parts) > 1 else None
+        if single is None:
             whole: list[Any] = self._session.run(output_names, dict(feed), run_options)
             return whole
-
-        single = self._one_thread()
 
         def work(part: slice) -> list[Any]:
             outputs: list[Any] = single.run(output_names, {name: value[part] for name, value in feed.items()}, run_options)
