@@ -363,3 +363,25 @@ def test_the_table_says_what_the_speedup_must_be_read_with(model, fake):
     ):
         assert expected in text
     assert "interrupted" not in text
+
+
+@pytest.mark.parametrize("with_onnxruntime", [True, False])
+def test_the_table_holds_sizes_and_load_time_against_dense(model, fake, with_onnxruntime):
+    """Of dense onnxruntime where it was timed, else of the fastest dense engine."""
+    report = timing.measure(model, [*fake("sparse", "steady"), *engines.require(["onnxruntime"] * with_onnxruntime)], protocol=QUICK)
+    sizes = {"fake_sparse": (30, 100, 1.5), "onnxruntime": (120, 400, 1.0), "fake_steady": (60, 1000, 3.0)}
+    fields = ("file_bytes", "peak_rss_bytes", "load_s")
+    known = [dataclasses.replace(row, **dict(zip(fields, sizes[row.engine], strict=True))) for row in report.rows]
+
+    def text(rows):
+        console = Console(width=200, file=io.StringIO())
+        console.print(table.render(dataclasses.replace(report, rows=rows)))
+        return console.file.getvalue()
+
+    name, shares = ("onnxruntime", (0.25, 0.25, 1.5)) if with_onnxruntime else ("fake_steady", (0.5, 0.1, 0.5))
+    file, memory, load = (f"{share:.2f}" for share in shares)
+    assert f"fake_sparse against {name}: {file} of the file, {memory} of the memory, {load} of the load time" in text(known)
+    untold = [dataclasses.replace(row, peak_rss_bytes=0) for row in known]
+    assert f"{file} of the file, {load} of the load time" in text(untold)
+    alone = [dataclasses.replace(row, baseline=None) for row in known if not row.multiplies_zeros]
+    assert "of the load time" not in text(alone)

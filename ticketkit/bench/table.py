@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from statistics import median
 
@@ -120,6 +120,19 @@ def _costs(row: Row) -> list[str]:
     return ["multiplied" if row.multiplies_zeros else "skipped", f"{row.max_abs_diff:.1e}", *sizes]
 
 
+def _shares(found: Sequence[Row]) -> Iterator[str]:
+    """What the sparse engines need of the file, memory and load time of dense onnxruntime, or of the baseline where that was not timed."""
+    dense = {row.engine: row for row in found if row.multiplies_zeros}
+    reference = dense.get(timing.REFERENCE) or next((dense[row.baseline] for row in found if row.baseline), None)
+    if reference is None:
+        return
+    for row in found:
+        if not row.multiplies_zeros:
+            file, load = row.file_bytes / reference.file_bytes, row.load_s / reference.load_s
+            memory = f"{row.peak_rss_bytes / reference.peak_rss_bytes:.2f} of the memory, " if reference.peak_rss_bytes else ""
+            yield f"{row.engine} against {reference.engine}: {file:.2f} of the file, {memory}{load:.2f} of the load time"
+
+
 def milliseconds(value: float) -> str:
     """Three digits, never an exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
@@ -136,6 +149,7 @@ def _notes(report: timing.Report) -> list[str]:
     for row in report.rows:
         if not row.multiplies_zeros:
             notes.append(f"{row.engine} runs {row.sparse_layers} of {row.layers} layers sparse, the others dense")
+    notes += _shares(report.rows)
     if baseline:
         notes.append(f"× dense: p50 of {baseline}, the fastest dense engine here, over this p50; by round: their median")
     if report.rows:

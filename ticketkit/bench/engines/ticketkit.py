@@ -6,6 +6,7 @@ A plain dense-with-zeros file is exported in memory by `InferenceSession`, and t
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 from ticketkit.bench.engines import Arrays, Feeds
@@ -28,6 +29,7 @@ def available() -> tuple[bool, str]:
 def version() -> str:
     from ticketkit import __version__
 
+    import_module("ticketkit.session")  # and onnxruntime: as for every engine, importing is not the model's load time
     return __version__
 
 
