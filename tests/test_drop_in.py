@@ -68,6 +68,7 @@ def test_options_may_be_shared(path: str, expected: Array, capfd: pytest.Capture
     sessions = [InferenceSession(path, options), InferenceSession(path, options, threads=2), onnxruntime.InferenceSession(path, options)]
     for session in sessions:
         np.testing.assert_array_equal(session.run(None, {"x": X})[0], expected)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_io_binding(path: str, expected: Array) -> None:
