@@ -78,6 +78,12 @@ def test_empty_batch() -> None:
     assert session(mutate.model(), sparse=True).run(None, images(0))[0].shape == (0, 4)
 
 
+def test_images_beyond_every_size_are_refused() -> None:
+    """Without pixels they can be had."""
+    with pytest.raises(Exception, match=r"X: .*out of range"):
+        session(convolution("any"), sparse=True).run(None, {"x": np.empty((0, mutate.CHANNELS, 2**40, 9), np.float32)})
+
+
 def test_concurrent_runs_are_right() -> None:
     model = convolution("any")
     sparse, stock = session(model, sparse=True, threads=2), session(model, sparse=False)

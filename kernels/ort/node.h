@@ -167,10 +167,11 @@ class Node {
     return taps > std::numeric_limits<int32_t>::max() ? taps : shape_[1] * taps;
   }
 
+  static constexpr int64_t kMostSize = int64_t{1} << 24;  // keeps every product of sizes in 64 bits
+
   static void check_range(const char* name, const std::vector<int64_t>& values, int64_t least) {
-    constexpr int64_t kMost = int64_t{1} << 24;  // keeps every product of sizes in 64 bits
     for (const int64_t v : values) {
-      if (v < least || v > kMost) fail(kInvalidGraph, std::string(name) + ": " + text(values) + " is out of range");
+      if (v < least || v > kMostSize) fail(kInvalidGraph, std::string(name) + ": " + text(values) + " is out of range");
     }
   }
 
@@ -265,6 +266,7 @@ class Node {
     if (!is_conv_) return {x.shape[0], rows()};
     std::vector<int64_t> y = {x.shape[0], rows(), 0, 0};
     for (size_t i = 0; i < 2; ++i) {
+      if (x.shape[2 + i] < 0 || x.shape[2 + i] > kMostSize) fail(kInvalidArgument, "X: " + text(x.shape) + " is out of range");
       const int64_t room = x.shape[2 + i] + pads_[i] + pads_[2 + i] - dilations_[i] * (shape_[2 + i] - 1) - 1;
       if (room < 0) fail(kInvalidArgument, "X: " + text(x.shape) + " is smaller than the window of weight " + text(shape_));
       y[2 + i] = room / strides_[i] + 1;

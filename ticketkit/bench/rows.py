@@ -41,7 +41,7 @@ class Row:
     speedup_rounds: float | None  # median over the rounds of the same ratio within a round
     peak_rss_bytes: int  # of the whole worker process, Python and the engine's libraries included
     file_bytes: int  # of the file this engine loaded
-    load_s: float
+    load_s: float  # until there is a session; what an engine puts off, such as packing weights, comes with its first run
     max_abs_diff: float  # against dense onnxruntime, on the same input
     max_abs_output: float  # the scale to read max_abs_diff on
     ticketkit: str
