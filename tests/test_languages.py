@@ -89,8 +89,9 @@ def test_node(model: Path, expected: Array) -> None:
     node = shutil.which("node")
     if not node or run(node, "-e", "require.resolve('onnxruntime-node')").returncode:
         pytest.skip("no node, or no package onnxruntime-node on $NODE_PATH (npm install onnxruntime-node)")
-    done = run(node, EXAMPLES / "run.js", model)
+    done = run(node, EXAMPLES / "run.js", model, "1,3,32,32")
     assert done.returncode == 0, done.stderr
     np.testing.assert_allclose(said(done.stdout)["stock"], expected, rtol=0, atol=3e-5)
-    assert run(node, EXAMPLES / "run.js", model.with_name("none.onnx")).stderr.startswith("error: ")
+    for wrong in ((model.with_name("none.onnx"), "1,3,32,32"), (model, "1,3,16,32")):
+        assert run(node, EXAMPLES / "run.js", *wrong).stderr.startswith("error: ")
     assert run(node, EXAMPLES / "run.js").returncode == 2
