@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,10 +82,24 @@ def test_export_as_json(cli: Cli, source: Path, tmp_path: Path) -> None:
     assert {c["name"]: c["format"] for c in report["plan"]["choices"] if c["format"] != "dense"} == sparse_nodes(tmp_path / "out")
 
 
+def test_export_with_float16_values(cli: Cli, source: Path, tmp_path: Path) -> None:
+    for values in ("fp32", "fp16"):
+        out = cli("export", source, "-o", tmp_path / values, "--values", values, "--no-tune")
+        assert ("weights rounded to float16: 0 more are zero, outputs move by up to 0.0" in out) == (values == "fp16")
+    assert (tmp_path / "fp16").stat().st_size < 0.72 * (tmp_path / "fp32").stat().st_size
+    stored = [json.loads(cli("inspect", tmp_path / values, "--json")) for values in ("fp32", "fp16")]
+    assert stored[1]["values"] == "fp16" and stored[1]["weight_bytes_stored"] < 0.72 * stored[0]["weight_bytes_stored"]
+    assert "bytes (fp16)" in cli("inspect", tmp_path / "fp16") and "(fp16)" not in cli("inspect", tmp_path / "fp32")
+    assert "y: float32 [1, 10], min" in cli("run", tmp_path / "fp16")
+    assert "format csr has no fp16 values" in cli.fails("export", source, "-o", tmp_path / "out", "--format", "csr", "--values", "fp16")
+    assert "'int8' is not one of" in cli.fails("export", source, "-o", tmp_path / "out", "--values", "int8", code=2)
+
+
 def test_the_choice_of_targets_is_the_folder(cli: Cli) -> None:
     assert names() == TARGETS
     text = cli("export", "--help")
-    assert all(target in text for target in TARGETS)
+    assert all(re.search(rf"^ +{target}\s", text, re.M) for target in TARGETS)
+    assert "make them dense at load" in text
 
 
 def damaged(source: Path, what: str) -> Path:

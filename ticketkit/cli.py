@@ -155,6 +155,8 @@ def doctor(as_json: bool) -> None:
 @click.argument("source", metavar="SRC")
 @click.option("-o", "--output", required=True, type=click.Path(), help="The file to write; an old one stays until the new one is checked.")
 @click.option("--format", "target", type=click.Choice(TARGETS), default="onnx", show_default=True, help="What to write, see above.")
+@click.option("--values", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True,
+              help="How weights are stored (formats onnx, onnx-dense): fp16 rounds them, and they are computed in float32.")
 @click.option("--round", type=int, metavar="K", help="Round of a run directory.  [default: the last finished one]")
 @click.option("--input-shape", metavar="C,H,W", callback=_shape, help="Of one image, where SRC leaves it open.")
 @click.option("--no-check", is_flag=True, help="Do not compare with the original on random inputs.")
@@ -163,8 +165,8 @@ def doctor(as_json: bool) -> None:
 @click.option("--no-tune", is_flag=True, help="Neither search nor measure: the file then depends on SRC alone.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report, with the plan of every layer, as JSON.")
 def export(
-    source: str, output: str, target: str, round: int | None, input_shape: list[int] | None, no_check: bool, tune: float, no_tune: bool,
-    as_json: bool,
+    source: str, output: str, target: str, values: str, round: int | None, input_shape: list[int] | None, no_check: bool, tune: float,
+    no_tune: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Write SRC as one file, checked against the original.
 
@@ -175,7 +177,11 @@ def export(
     onnx        small and fast: sparse layers become ai.ticketkit nodes. Runs in any onnxruntime; skips the zeros
                 where ticketkit's library is registered (ticketkit.InferenceSession does it)
     onnx-dense  plain ONNX for any runtime, BatchNorm folded, pruned weights exactly zero
+    onnx-sparse-initializer
+                standard ONNX sparse tensors. Runtimes make them dense at load (onnxruntime too): small in the file,
+                not faster
     csr         the weights alone: values, column indices and row pointers per layer, in safetensors
+    bsr         the same in blocks, those the zeros are pruned in: values of a block share an index
     """
     from rich.console import Console
 
@@ -183,8 +189,8 @@ def export(
 
     with Console(stderr=True).status("reading") as status:
         report = write(
-            source, output, format=target, round=round, input_shape=input_shape, check=not no_check, tune=0.0 if no_tune else tune,
-            progress=lambda layer: status.update(f"tuning {layer}"),
+            source, output, format=target, values=values, round=round, input_shape=input_shape, check=not no_check,
+            tune=0.0 if no_tune else tune, progress=lambda layer: status.update(f"tuning {layer}"),
         )  # fmt: skip
     click.echo(json.dumps(report.to_dict()) if as_json else str(report))
 

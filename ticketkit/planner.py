@@ -22,6 +22,7 @@ from ticketkit.lower.operators import PACKED, Execution
 if TYPE_CHECKING:
     from rich.console import Group
 
+VALUES = {"fp32": 4, "fp16": 2}  # how the values of weights can be stored -> bytes of one
 STORED = {DENSE: DENSE, **dict.fromkeys(PACKED, "gaps")}  # format of a kernel -> format of its weights in a file
 WORTH = 0.9  # of the predicted dense time: a model that would not get below it stays dense, for predictions err
 
@@ -64,11 +65,13 @@ class Plan:
         inputs: input name -> the concrete shape the FLOPs and times are for.
         choices: one per layer, in execution order.
         parameters: number of constants of the whole network, biases and unplanned ones too.
+        values: how a file stores the values of weights, of `VALUES`; they are computed in float32 either way.
     """
 
     inputs: Mapping[str, tuple[int, ...]]
     choices: tuple[Choice, ...]
     parameters: int
+    values: str = "fp32"
 
     @property
     def sparse(self) -> tuple[Choice, ...]:
@@ -106,14 +109,17 @@ class Plan:
         """The plan `to_dict` wrote; FormatError for anything else."""
         try:
             choices = tuple(Choice(**{**c, "shape": tuple(c["shape"]), "tuning": tuple(c["tuning"])}) for c in data["choices"])
-            return cls({name: tuple(shape) for name, shape in data["inputs"].items()}, choices, data["parameters"])
+            values = data.get("values", "fp32")  # absent from plans of before there was a choice
+            if values not in VALUES:
+                raise KeyError(values)
+            return cls({name: tuple(shape) for name, shape in data["inputs"].items()}, choices, data["parameters"], values)
         except (KeyError, TypeError, AttributeError) as error:
             raise FormatError(f"not a plan: {error}; expected the output of Plan.to_dict") from None
 
     def totals(self) -> dict[str, Any]:
         """The sums of `inspect`: sparsities, FLOPs, number of sparse layers, bytes of the layers' weights dense and as chosen."""
         dense, left = self.flops
-        stored = sum(formats.get(STORED[c.format]).nbytes(c.shape, c.nnz) for c in self.choices)
+        stored = sum(formats.get(STORED[c.format]).nbytes(c.shape, c.nnz, VALUES[self.values]) for c in self.choices)
         return {
             "prunable_sparsity": self.prunable_sparsity,
             "model_sparsity": self.model_sparsity,
@@ -303,7 +309,7 @@ def render(plan: Plan) -> Group:
     text = (
         f"{t['sparse_layers']} of {len(plan.choices)} layers sparse at {shape}; prunable sparsity {t['prunable_sparsity']:.2%},"
         f" whole model {t['model_sparsity']:.2%}; {t['flops_left'] / 1e6:,.1f} of {t['flops_dense'] / 1e6:,.1f} MFLOP left;"
-        f" weights {t['weight_bytes_stored']:,} of {t['weight_bytes_dense']:,} bytes;"
+        f" weights {t['weight_bytes_stored']:,} of {t['weight_bytes_dense']:,} bytes{' (fp16)' if plan.values == 'fp16' else ''};"
         f" predicted on one core {t['predicted_us'] / 1e3:.1f} of {t['predicted_us_dense'] / 1e3:.1f} ms"
     )
     return Group(table, "", text)

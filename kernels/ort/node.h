@@ -7,8 +7,8 @@
 //               x_layout and y_layout "planes" | "csr" | "bsr" (tk_layout) of X, and of Y and Z: where another node of this library is
 //               at the other end. The last five may be absent.
 //
-// values, gaps and B must be initializers. They are validated when the session is made; a layer is packed when it first meets an image
-// size. Work is split over ONNX Runtime's own threads.
+// values, gaps and B must be initializers, at the latest after graph optimizations. They are validated when the session is made; a layer
+// is packed when it first meets an image size. Work is split over ONNX Runtime's own threads.
 #ifndef TICKETKIT_ORT_NODE_H_
 #define TICKETKIT_ORT_NODE_H_
 
@@ -248,7 +248,8 @@ class Node {
     int is_constant = 0;
     const Value* value = nullptr;
     check(api_, constant_input(api_, info, index, &is_constant, &value));
-    if (!is_constant || !value) fail(kInvalidGraph, std::string(name) + ": must be an initializer of the model");
+    if (!is_constant || !value)
+      fail(kInvalidGraph, std::string(name) + ": must be an initializer of the model, or a cast of one with graph optimizations on");
     return read(api_, value);
   }
 

@@ -12,7 +12,7 @@ from onnx import ModelProto, helper
 
 from ticketkit.bench.engines import Engine, Feeds
 from ticketkit.errors import ModelError
-from ticketkit.lower import lower, operators, read
+from ticketkit.lower import half, lower, operators, read
 from ticketkit.lower.graph import input_shapes
 from ticketkit.planner import Plan, plan
 
@@ -25,7 +25,7 @@ class Subject:
 
     Attributes:
         path: the file as given.
-        plain: the same network in standard operators only; `path` itself where it has no others.
+        plain: the same network in standard operators and float32 weights only; `path` itself where it has no others.
         sha256: of the file as given.
         inputs: names of the graph inputs; `feeds_file` (npz) holds their arrays as arr_0, arr_1, ...
         plan: of the network for one sample: sparsity and FLOPs of every layer.
@@ -51,7 +51,7 @@ class Subject:
         """
         model, plain = read(path), path
         stored = len(list(operators.nodes(model)))
-        if stored:
+        if stored or half.is_narrow(model):  # else engines without constant folding would cast the weights in every run
             model, plain = operators.expand(model), scratch / "plain.onnx"
             onnx.save(model, str(plain))
         feeds = make_feeds(model, batch)

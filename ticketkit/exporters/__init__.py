@@ -2,10 +2,11 @@
 
 A target module says in the first line of its docstring what the file is, and holds ``SUFFIX`` and two functions:
 
-    encode(network, plan) -> bytes         the file; ExportError where the target cannot hold the network
+    encode(network, plan) -> bytes         the file; ExportError where the target cannot hold the network. A target that can store values
+                                           as the plan's `values` says lists those it takes in ``VALUES``; fp32 where it has none
     decode(data, network) -> ModelProto    the network the file stands for, its weights compared bit for bit with those of `network`
 
-`export` is the public verb: load, lower, plan, encode, check, and only then write.
+`export` is the public verb: load, lower, round where the values are to be float16, plan, encode, check, and only then write.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import os
 import pkgutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -23,9 +24,9 @@ from onnx import ModelProto
 from ticketkit import tune as tuning
 from ticketkit.errors import ExportError, FormatError, ModelError, TicketError
 from ticketkit.exporters import _source
-from ticketkit.exporters._check import Comparison, compare, random_inputs
-from ticketkit.lower import Network, lower, operators
-from ticketkit.planner import Plan, plan
+from ticketkit.exporters._check import Comparison, compare, difference, random_inputs
+from ticketkit.lower import Network, half, lower, operators
+from ticketkit.planner import VALUES, Plan, plan
 from ticketkit.ticket import write_atomic
 
 SLOWEST = 0.97  # measured speedup below which a sparse model is not worth having
@@ -43,6 +44,19 @@ class Target(Protocol):
 
 
 @dataclass(frozen=True)
+class Rounding:
+    """What storing weights as float16 did to the network.
+
+    Attributes:
+        zeros: weights that became zero, and are not stored sparse.
+        difference: largest absolute difference of an output from that of the original on random inputs; None if the check was left out.
+    """
+
+    zeros: int
+    difference: float | None
+
+
+@dataclass(frozen=True)
 class ExportReport:
     """What an export did.
 
@@ -50,7 +64,9 @@ class ExportReport:
         path, format: of the file.
         bytes: its size; dense_bytes: that of the network as plain ONNX.
         plan: how each layer was treated.
-        comparisons: largest difference and tolerance for each engine; empty if the check was left out.
+        comparisons: largest difference and tolerance for each engine, from the original, with its weights rounded where they are stored
+            as float16; empty if the check was left out.
+        rounding: what storing weights as float16 did; None where they are float32.
         speedup: over dense onnxruntime, measured here on one thread while tuning; None without it.
     """
 
@@ -61,6 +77,7 @@ class ExportReport:
     plan: Plan
     comparisons: tuple[Comparison, ...]
     speedup: float | None
+    rounding: Rounding | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values only."""
@@ -75,6 +92,9 @@ class ExportReport:
             *([f"{self.speedup:.2f}x faster than dense onnxruntime here, one thread"] if self.speedup else []),
             *(f"max |difference| in {c.engine}: {c.difference:.3g} (tolerance {c.tolerance:.3g})" for c in self.comparisons),
         ]
+        if self.rounding:
+            lines.append(f"weights rounded to float16: {self.rounding.zeros:,} more are zero")
+            lines[-1] += "" if self.rounding.difference is None else f", outputs move by up to {self.rounding.difference:.3g}"
         return "\n".join(lines)
 
 
@@ -95,6 +115,7 @@ def export(
     path: str | os.PathLike[str],
     *,
     format: str = "onnx",
+    values: str = "fp32",
     round: int | None = None,
     input_shape: Sequence[int] | None = None,
     check: bool = True,
@@ -107,6 +128,8 @@ def export(
         source: a run directory of `ticketkit find`, a ticket file with weights, or any dense-with-zeros ONNX file (or its bytes).
         path: the file to write; an old one is replaced only by a whole, checked new one.
         format: one of `names()`.
+        values: "fp32", or "fp16" to store the weights of all layers as float16, rounded to the nearest (ties to even): the file is the
+            network with these weights, computed in float32. Biases and everything else stay float32. For formats onnx and onnx-dense.
         round: of a run directory; None: the last finished one.
         input_shape: of one image [C, H, W], or with batch; None: as the source states.
         check: compare with the original on random inputs (see `ticketkit.exporters._check`).
@@ -115,15 +138,17 @@ def export(
         progress: called with a word on what is being tuned.
 
     Raises:
-        ExportError: the path cannot be written, no layer gains or the whole is slower (format onnx), or the result differs beyond the
-            tolerance.
-        ModelError, FormatError, TicketError: the source is missing, damaged or unsupported.
+        ExportError: the path cannot be written, no layer gains or the whole is slower (format onnx), the format has no such values, or
+            the result differs beyond the tolerance.
+        ModelError, FormatError, TicketError: the source is missing, damaged or unsupported, or a weight is too large for float16.
     """
     target, path = get(format), Path(path)
+    _require_values(target, format, values)
     _require_writable(path, source)
     original = _source.load(source, round, input_shape)
-    network = lower(original, input_shape)
-    chosen, tuned = plan(network), tune > 0 and format == "onnx"
+    exact = lower(original, input_shape)
+    network, zeros = _rounded(exact, input_shape) if values == "fp16" else (exact, 0)
+    chosen, tuned = replace(plan(network), values=values), tune > 0 and format == "onnx"
     if tuned:
         chosen = tuning.tune(network, chosen, tune, progress)
     data = target.encode(network, chosen)
@@ -131,7 +156,7 @@ def export(
         exported = target.decode(data, network)
     except (FormatError, ModelError) as error:
         raise ExportError(f"the exported file does not read back: {error}; please report the model") from None
-    comparisons = compare(original, exported, network) if check else ()
+    comparisons, rounding = _compared(original, exact, network, exported) if check else ((), None)
     speedup = tuning.speedup(network.model.SerializeToString(), data, random_inputs(network, 0, 1)) if tuned else None
     if speedup is not None and speedup < SLOWEST:
         raise ExportError(
@@ -142,7 +167,8 @@ def export(
         write_atomic(path, data)
     except TicketError as error:
         raise ExportError(str(error)) from None
-    return ExportReport(os.fspath(path), format, len(data), network.model.ByteSize(), chosen, comparisons, speedup)
+    rounded = Rounding(zeros, rounding) if values == "fp16" else None
+    return ExportReport(os.fspath(path), format, len(data), network.model.ByteSize(), chosen, comparisons, speedup, rounded)
 
 
 def examine(source: _source.Source, *, round: int | None = None, input_shape: Sequence[int] | None = None) -> Plan:
@@ -154,7 +180,40 @@ def examine(source: _source.Source, *, round: int | None = None, input_shape: Se
     original = _source.load(source, round, input_shape)
     decoded = operators.decode(original)
     stored = {node.name: decoded[node.output[0]].execution for node in operators.nodes(original)}
-    return plan(lower(original, input_shape), stored or None)
+    found = plan(lower(original, input_shape), stored or None)
+    return replace(found, values="fp16") if stored and half.is_narrow(original) else found
+
+
+def _rounded(network: Network, input_shape: Sequence[int] | None) -> tuple[Network, int]:
+    """The network with the weights of its layers rounded to float16, and how many of them became zero."""
+    model = ModelProto()
+    model.CopyFrom(network.model)
+    zeros = half.round_weights(model, network.weights)
+    return lower(model, input_shape), zeros
+
+
+def _compared(
+    original: ModelProto, exact: Network, network: Network, exported: ModelProto
+) -> tuple[tuple[Comparison, ...], float | None]:  # fmt: skip
+    """Compares export and original; with rounded weights export and rounded network, that network before rounding and the original,
+    and gives what rounding did to the outputs."""
+    if network is exact:
+        return compare(original, exported, network), None
+    compare(original, exact.model, exact)
+    return compare(network.model, exported, network), difference(original, exported, network)
+
+
+def _require_values(target: Target, format: str, values: str) -> None:
+    if values not in VALUES:
+        raise ExportError(f"unknown type of values {values!r}; expected one of {', '.join(VALUES)}")
+    if values not in _values(target):
+        can = [name for name in names() if values in _values(get(name))]
+        raise ExportError(f"format {format} has no {values} values; expected one of {', '.join(can)}, or leave the values fp32")
+
+
+def _values(target: Target) -> tuple[str, ...]:
+    found: tuple[str, ...] = getattr(target, "VALUES", ("fp32",))
+    return found
 
 
 def _require_writable(path: Path, source: _source.Source) -> None:

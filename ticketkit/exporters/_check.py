@@ -77,6 +77,12 @@ def compare(original: ModelProto, exported: ModelProto, network: Network, seed: 
     return tuple(found)
 
 
+def difference(original: ModelProto, exported: ModelProto, network: Network, seed: int = 0) -> float:
+    """The largest absolute difference of an output of the two in stock onnxruntime, on the inputs of `compare`; no judgement."""
+    feeds = random_inputs(network, seed)
+    return max(largest_differences(_run(original, feeds, "the original"), _run(exported, feeds, "the export")).values())
+
+
 def require_equal(name: str, stored: Array | None, original: Array | None) -> None:
     """ExportError unless a stored weight or bias is exactly the network's; some mistakes hardly show in the outputs."""
     if (stored is None) != (original is None) or not np.array_equal(np.asarray(stored), np.asarray(original)):

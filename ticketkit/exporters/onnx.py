@@ -14,12 +14,13 @@ from ticketkit import __version__
 from ticketkit.errors import ExportError
 from ticketkit.exporters._check import require_equal
 from ticketkit.formats import Array, gaps
-from ticketkit.lower import Fused, Graph, Network, operators, read
+from ticketkit.lower import Fused, Graph, Network, half, operators, read
 from ticketkit.lower.layouts import layouts
 from ticketkit.lower.reader import digest, opset
 from ticketkit.planner import Plan
 
 SUFFIX = ".onnx"
+VALUES = ("fp32", "fp16")
 
 
 def encode(network: Network, plan: Plan) -> bytes:
@@ -34,22 +35,26 @@ def encode(network: Network, plan: Plan) -> bytes:
             f"no layer would run faster sparse (the sparsest is {most:.0%} zero): prune more, or export with --format onnx-dense;"
             " `ticketkit inspect` gives the reason for each layer"
         )
-    return finish(_sparse(network, {c.name: operators.Execution(c.format, c.tuning) for c in plan.sparse}))
+    return finish(_sparse(network, {c.name: operators.Execution(c.format, c.tuning) for c in plan.sparse}), network, plan)
 
 
 def decode(data: bytes, network: Network) -> ModelProto:
-    """The network the file stands for; checks the file, and raises ExportError if its sparse weights or biases are not the network's."""
+    """The network the file stands for; checks the file, and raises ExportError if a weight or bias of a layer is not the network's."""
     model = read(data)
-    stored = operators.decode(model)
-    layers, constants = {layer.name: layer for layer in network.layers}, Graph(model)
+    stored, constants = operators.decode(model), half.constants(model)
+    layers = {layer.name: layer for layer in network.layers}
     for node in operators.nodes(model):
         require_equal(f"{node.name}.weight", stored[node.output[0]].weight(), layers[node.name].weight)
-        require_equal(f"{node.name}.bias", constants.constant(node.input[3]), layers[node.name].bias)
+        require_equal(f"{node.name}.bias", half.array(node.input[3], constants), layers[node.name].bias)
+    for name in sorted(constants.keys() & network.weights):
+        require_equal(name, half.array(name, constants), network.graph.constant(name))
     return model
 
 
-def finish(model: ModelProto) -> bytes:
-    """Serialize with ticketkit's name and the hash of the model, by which `read` knows damage."""
+def finish(model: ModelProto, network: Network, plan: Plan) -> bytes:
+    """Serialize with ticketkit's name and the hash of the model, by which `read` knows damage; weights as the plan says."""
+    if plan.values == "fp16":
+        half.narrow(model, network.weights | {node.input[1] for node in operators.nodes(model)})
     model.producer_name, model.producer_version = "ticketkit", __version__
     model.metadata_props.add(key="ticketkit.version", value=__version__)
     model.metadata_props.add(key=operators.DIGEST, value=digest(model))

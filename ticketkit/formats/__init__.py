@@ -6,7 +6,7 @@ names) and four functions, all numpy and all without side effects:
     pack(weight)           weight f32 [M, ...]  -> {part: array}
     unpack(parts, shape)   {part: array}        -> weight f32 of that shape, bit-identical but for the sign of zeros
     validate(parts, shape) raises FormatError naming the part; work and memory follow the arrays, never the claimed shape
-    nbytes(shape, nnz)     bytes the arrays of such a weight take
+    nbytes(shape, nnz)     bytes the arrays of such a weight take; a third argument gives those of one value, else 4
 
 A convolution weight [M, C, kh, kw] is handled as the matrix [M, C*kh*kw] in C order, a fully connected one as [M, K].
 """
@@ -27,6 +27,7 @@ from ticketkit.errors import FormatError
 Array: TypeAlias = NDArray[Any]
 Parts: TypeAlias = Mapping[str, Array]
 Shape: TypeAlias = tuple[int, ...]
+MOST = 2**29  # weights of one layer: 2 GiB of floats, more than an ONNX message holds, and more than a file may make us allocate
 
 
 class Format(Protocol):
@@ -38,7 +39,7 @@ class Format(Protocol):
     def pack(self, weight: Array) -> dict[str, Array]: ...
     def unpack(self, parts: Parts, shape: Shape) -> Array: ...
     def validate(self, parts: Parts, shape: Shape) -> None: ...
-    def nbytes(self, shape: Shape, nnz: int) -> int: ...
+    def nbytes(self, shape: Shape, nnz: int, itemsize: int = 4) -> int: ...
 
 
 def names(role: str | None = None) -> list[str]:
@@ -55,9 +56,11 @@ def get(name: str) -> Format:
 
 
 def matrix(shape: Shape) -> tuple[int, int]:
-    """Rows and columns (M, K) of a weight of that shape; FormatError unless every dimension is a positive int."""
+    """Rows and columns (M, K) of a weight of that shape; FormatError for a dimension that is not positive, or `MOST` weights or more."""
     if len(shape) < 2 or any(int(d) <= 0 for d in shape):
         raise FormatError(f"weight_shape: expected 2 or more positive dimensions, got {list(shape)}")
+    if (claimed := prod(int(d) for d in shape)) >= MOST:
+        raise FormatError(f"weight_shape: {list(shape)} claims {claimed} weights, expected fewer than {MOST} (2 GiB of floats)")
     return int(shape[0]), prod(int(d) for d in shape[1:])
 
 

@@ -77,10 +77,10 @@ def validate(parts: Parts, shape: Shape) -> None:
         raise FormatError(f"values: expected zeros where blocks of {r}x{c} stick out of {rows}x{cols}, got others")
 
 
-def nbytes(shape: Shape, nnz: int) -> int:
+def nbytes(shape: Shape, nnz: int, itemsize: int = 4) -> int:
     """Bytes of the four arrays where the non-zeros fill blocks of `DEFAULT` size; more if they are scattered."""
     r, c = DEFAULT
-    return -(-nnz // (r * c)) * (4 * r * c + 4) + 8 * (-(-matrix(shape)[0] // r) + 1) + 8
+    return -(-nnz // (r * c)) * (itemsize * r * c + 4) + 8 * (-(-matrix(shape)[0] // r) + 1) + 8
 
 
 def fill(weight: Array, block: Block) -> float:

@@ -60,6 +60,6 @@ def validate(parts: Parts, shape: Shape) -> None:
         raise FormatError(f"col_indices: expected ascending columns within a row, got {col[at]} then {col[at + 1]} at entry {at}")
 
 
-def nbytes(shape: Shape, nnz: int) -> int:
+def nbytes(shape: Shape, nnz: int, itemsize: int = 4) -> int:
     """Bytes of values, column indices and row pointers."""
-    return 8 * nnz + 8 * (matrix(shape)[0] + 1)
+    return (itemsize + 4) * nnz + 8 * (matrix(shape)[0] + 1)

@@ -32,7 +32,7 @@ def validate(parts: Parts, shape: Shape) -> None:
         raise FormatError(f"values: expected {rows * cols} elements for shape {list(shape)}, got {values.size}")
 
 
-def nbytes(shape: Shape, nnz: int) -> int:
-    """Bytes of a dense f32 weight; its zeros cost as much as the rest."""
+def nbytes(shape: Shape, nnz: int, itemsize: int = 4) -> int:
+    """Bytes of a dense weight; its zeros cost as much as the rest."""
     rows, cols = matrix(shape)
-    return 4 * rows * cols
+    return itemsize * rows * cols

@@ -1,4 +1,5 @@
-"""gaps: the compact form in ONNX files, 6 bytes per non-zero; the kernel and the function body both decode it.
+"""gaps: the compact form in ONNX files, 6 bytes per non-zero, 4 where files store the values as float16; the kernel and the function
+body both decode it.
 
     values  f32 [n]   the non-zeros in C order of the weight, among them fillers of 0.0
     gaps    u16 [n]   p_0 = gaps[0], p_i = p_(i-1) + gaps[i] are their flat positions, strictly ascending
@@ -58,6 +59,6 @@ def validate(parts: Parts, shape: Shape) -> None:
         raise FormatError(f"gaps: expected positions below {rows * cols} for shape {list(shape)}, got {end}")
 
 
-def nbytes(shape: Shape, nnz: int) -> int:
+def nbytes(shape: Shape, nnz: int, itemsize: int = 4) -> int:
     """Bytes of values and gaps without fillers, of which there is at most one per 65535 weights."""
-    return 6 * max(nnz, 1)
+    return (itemsize + 2) * max(nnz, 1)

@@ -40,6 +40,11 @@ class Network:
         """The clean model; not to be changed."""
         return self.graph.model
 
+    @property
+    def weights(self) -> set[str]:
+        """Names of the constants that are weights of its layers."""
+        return {self.model.graph.node[layer.at].input[1] for layer in self.layers}
+
     def fuse(self, chosen: Iterable[Layer]) -> list[Fused]:
         """These layers with the residual and activation each can absorb."""
         return fuse(self.graph, chosen, (self.shapes, self.others))

@@ -86,14 +86,15 @@ def input_shapes(model: ModelProto, input_shape: Sequence[int] | None = None, ba
         declared = dims(info)
         if declared is None:
             continue
+        if 0 in declared:
+            raise ModelError(f"input {info.name!r}: expected positive dimensions, the model declares [{_text(declared)}]; export it again")
         assumed = [batch if i == 0 else ASSUMED if len(declared) == 4 and i > 1 else 1 for i in range(len(declared))]
         shape = [d if isinstance(d, int) else a for d, a in zip(declared, assumed, strict=True)]
         if position == 0 and input_shape is not None:
             given = [*shape[:1], *input_shape] if len(input_shape) == len(shape) - 1 else list(input_shape)
             clash = len(given) != len(shape) or any(isinstance(d, int) and d != g for d, g in zip(declared, given, strict=True))
             if clash or min(given) < 1:
-                text = ", ".join("?" if d is None else str(d) for d in declared)
-                raise ModelError(f"input {info.name!r}: the model declares [{text}], which {list(input_shape)} does not fit")
+                raise ModelError(f"input {info.name!r}: the model declares [{_text(declared)}], which {list(input_shape)} does not fit")
             shape = given
         concrete[info.name] = tuple(shape)
     return concrete
@@ -142,6 +143,10 @@ def declare(graph: GraphProto, tensor: TensorProto) -> None:
         graph.initializer.append(tensor)
     else:
         graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+
+
+def _text(declared: Sequence[Dim]) -> str:
+    return ", ".join("?" if d is None else str(d) for d in declared)
 
 
 def _reads(node: NodeProto) -> Iterator[str]:

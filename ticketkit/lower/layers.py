@@ -97,6 +97,8 @@ def layers(graph: Graph, assumed: Shapes, declared: Shapes) -> tuple[Layer, ...]
         weight = graph.constant(node.input[1])
         if weight is None or weight.dtype.kind != "f" or weight.ndim < 2:
             continue
+        if not weight.size:
+            raise ModelError(f"{node.name}: its weight {list(weight.shape)} has no elements; the model is broken, export it again")
         x_shape, y_shape = (_whole(assumed.get(name)) for name in (node.input[0], node.output[0]))
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         fields = reader(node, attributes, weight, graph, declared.get(node.input[0]))

@@ -3,11 +3,12 @@
     SparseConv(X [N,C,H,W], values [n], gaps u16 [n], B [M], Z? [N,M,OH,OW]) -> Y [N,M,OH,OW] = act(conv(X, W) + B (+ Z))
     SparseGemm(X [N,K],     values [n], gaps u16 [n], B [M])                 -> Y [N,M]       = act(X Wᵀ + B)
 
-Everything else is float32. Attributes: ``weight_shape`` [M,C,kh,kw] or [M,K], ``numel`` [its product], ``activation`` "None", "Relu" or
-"Clip" (then ``min`` and ``max``), and for SparseConv ``strides`` [2], ``pads`` [top, left, bottom, right], ``dilations`` [2] and ``group``,
-1 (also where it is absent, as in older files) or C for a depthwise W [C,1,kh,kw]. W is gap-coded (`ticketkit.formats.gaps`). How a library
-should run it is said by ``format`` "csr" (default), "bsr" (not for depthwise) or, for SparseGemm, "bsr1x4", the form the weight is packed
-in (tk_format of kernels/ticketkit.h), and for SparseConv
+Everything else is float32; a file may store values as float16 behind a Cast (`ticketkit.lower.half`). Attributes: ``weight_shape``
+[M,C,kh,kw] or [M,K], ``numel`` [its product, below 2^29], ``activation`` "None", "Relu" or "Clip" (then ``min`` and
+``max``), and for SparseConv ``strides`` [2], ``pads`` [top, left, bottom, right], ``dilations`` [2] and ``group``, 1 (also where it is
+absent, as in older files) or C for a depthwise W [C,1,kh,kw]. W is gap-coded (`ticketkit.formats.gaps`). How a library should run it is
+said by ``format`` "csr" (default), "bsr" (not for depthwise) or, for SparseGemm, "bsr1x4", the form the weight is packed in (tk_format of
+kernels/ticketkit.h), and for SparseConv
 ``tuning`` [6]: how it is cut up on vectors of so many lanes and images of such height and width (tile_vectors, block_channels, group_tiles
 of kernels/ticketkit.h); zeros leave it to the library, other lanes and images too. ``x_layout`` and ``y_layout`` "planes" (default), "csr"
 or "bsr" give the order of the floats of X, and of Y and Z, in memory (tk_layout of the same header; `ticketkit.lower.layouts`): both ends
@@ -31,8 +32,9 @@ import numpy as np
 import onnx
 from onnx import AttributeProto, FunctionProto, ModelProto, NodeProto, helper, numpy_helper
 
-from ticketkit.errors import FormatError
-from ticketkit.formats import Array, finite, gaps
+from ticketkit.errors import FormatError, ModelError
+from ticketkit.formats import MOST, Array, finite, gaps
+from ticketkit.lower import half
 from ticketkit.lower.graph import Graph
 
 DOMAIN = "ai.ticketkit"
@@ -170,10 +172,12 @@ def decode(model: ModelProto) -> dict[str, Sparse]:
     Raises:
         FormatError: an attribute or array of a node is missing or out of range; the message names node and field.
     """
-    constants = {t.name: t for t in model.graph.initializer}
+    constants = half.constants(model)
     found = {}
     for node in nodes(model):
         try:
+            if len(node.output) != 1:
+                raise FormatError(f"outputs: expected Y, got {len(node.output)}")
             found[node.output[0]] = _decode(node, constants)
         except FormatError as error:
             raise FormatError(f"{node.name or node.op_type}: {error}") from None
@@ -181,13 +185,21 @@ def decode(model: ModelProto) -> dict[str, Sparse]:
 
 
 def expand(model: ModelProto) -> ModelProto:
-    """A copy with every node of this domain written out as Conv or Gemm, Add and activation on dense weights."""
+    """A copy with every node of this domain written out as Conv or Gemm, Add and activation on dense float32 weights.
+
+    Raises:
+        FormatError: as `decode`.
+        ModelError: dense weights of 2 GiB or more.
+    """
     decoded = decode(model)
+    if (total := sum(prod(sparse.shape) for sparse in decoded.values())) >= MOST:
+        raise ModelError(f"its sparse weights are {total / 2**28:.3g} GiB when dense, 2 GiB or more do not fit in one ONNX message")
     plain = onnx.ModelProto()
     plain.CopyFrom(model)
     del plain.graph.node[:], plain.functions[:]
     for node in model.graph.node:
         plain.graph.node.extend(_expanded(node, decoded[node.output[0]], plain) if node.domain == DOMAIN else [node])
+    half.widen(plain)
     drop_unused(plain)
     foreign = [entry for entry in plain.metadata_props if entry.key not in OWN]
     del plain.metadata_props[:]
@@ -287,8 +299,7 @@ def _expanded(node: NodeProto, sparse: Sparse, model: ModelProto) -> list[NodePr
 def _array(field: str, name: str, constants: dict[str, onnx.TensorProto]) -> Array:
     if name not in constants:
         raise FormatError(f"{field}: expected an initializer, but {name!r} is none")
-    array: Array = numpy_helper.to_array(constants[name])
-    return array
+    return half.array(name, constants)
 
 
 def _constant(output: str, key: str, attribute: str, kind: int) -> NodeProto:

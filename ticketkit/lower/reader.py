@@ -14,7 +14,7 @@ import onnx
 from onnx import ModelProto, TensorProto, helper, version_converter
 
 from ticketkit.errors import FormatError, ModelError, first_line
-from ticketkit.lower import operators
+from ticketkit.lower import operators, sparse
 from ticketkit.lower.graph import dims
 
 OLDEST = 11  # the first opset whose Clip takes its bounds as inputs, which is how activations are recognised
@@ -23,7 +23,7 @@ SUB_BYTE = ("INT2", "INT4", "FLOAT4E2M1")  # element types that share bytes
 
 
 def read(source: str | os.PathLike[str] | bytes) -> ModelProto:
-    """A checked ONNX model, external data included, at opset 12 or newer.
+    """A checked ONNX model, external data included, at opset 12 or newer, without sparse initializers: they are made dense.
 
     Args:
         source: a path, or the bytes of a file.
@@ -42,9 +42,11 @@ def read(source: str | os.PathLike[str] | bytes) -> ModelProto:
         _check_opset(model)
         for tensor in model.graph.initializer:
             _check_extent(tensor)
+        sparse.validate(model)
         _check_graph(model)
         operators.decode(model)  # raises on a malformed sparse weight
         _check_digest(model)
+        sparse.densify(model)
         return _modern(model)
     except (FormatError, ModelError) as error:
         raise type(error)(f"{where}: {error}") from None
