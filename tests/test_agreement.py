@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import UNPACK
 from graphs import Array, run
-from onnx import ModelProto
+from onnx import ModelProto, numpy_helper
 
 from ticketkit import masks
-from ticketkit.exporters import export
+from ticketkit.exporters import onnx as target
 from ticketkit.inputs import ImageRule, read_input
 from ticketkit.lower import half, lower, read
+from ticketkit.lower.operators import Execution
+from ticketkit.planner import plan
 
 torch = pytest.importorskip("torch")
 zoo = pytest.importorskip("torchvision").models
@@ -27,7 +30,7 @@ NETWORKS = {
     "mobilenet_v2": ("mobilenet_v2/*.pt", ImageRule((0.5,) * 3, (0.5,) * 3), "classifier"),
     "squeezenet1_1": ("squeezenet1_1/*.pt", ImageRule(), "classifier"),
 }
-LEVELS = (0.3, 0.9)  # without training 0.3 still tells classes apart, 0.9 hardly
+LEVELS = (0.2, 0.9)  # without fine-tuning 0.9 leaves hardly a class to tell apart, 0.2 nearly all
 IMAGES = 25
 
 
@@ -40,53 +43,50 @@ def photographs(data_dir: Path) -> list[Path]:
     return found[:: max(1, len(found) // IMAGES)]
 
 
-def network(data_dir: Path) -> tuple[str, torch.nn.Module]:
-    """The largest pretrained network there is, and its name."""
-    for name, (pattern, _, _) in NETWORKS.items():
-        for file in sorted((data_dir / "weights").glob(pattern)):
-            module = zoo.get_model(name, weights=None)
-            module.load_state_dict(torch.load(file, weights_only=True))
-            return name, module
-    pytest.skip(f"no pretrained weights: expected those of {', '.join(NETWORKS)} in $TICKETKIT_DATA/weights")
-
-
 @pytest.fixture(scope="module")
-def pretrained(data_dir: Path, photographs: Sequence[Path]) -> tuple[dict[float, ModelProto], Array]:
-    """The network at every level, stem and head dense, and the photographs as its input."""
-    name, module = network(data_dir)
+def pretrained(data_dir: Path, photographs: Sequence[Path]) -> tuple[ModelProto, dict[str, Array], Array]:
+    """The largest pretrained network there is, as ONNX, its prunable weights by name, and the photographs as its input."""
+    there = ((name, file) for name in NETWORKS for file in sorted((data_dir / "weights").glob(NETWORKS[name][0])))
+    name, file = next(there, ("", Path()))
+    if not name:
+        pytest.skip(f"no pretrained weights: expected those of {', '.join(NETWORKS)} in $TICKETKIT_DATA/weights")
     _, rule, head = NETWORKS[name]
-    layers = {path: layer for path, layer in module.named_modules() if isinstance(layer, torch.nn.Conv2d) and not path.startswith(head)}
-    weights = {path: layer.weight.detach().numpy().copy() for path, layer in list(layers.items())[1:]}
-    found = {}
-    for level in LEVELS:
-        kept = masks.global_magnitude(weights, masks.full(weights), level)
-        with torch.no_grad():
-            for path, mask in kept.items():
-                layers[path].weight.copy_(torch.from_numpy(weights[path] * mask))
-        found[level] = capture(module, (3, 224, 224))
-    return found, np.concatenate([read_input(file, ["N", 3, 224, 224], rule) for file in photographs])
+    module = zoo.get_model(name, weights=None)
+    module.load_state_dict(torch.load(file, weights_only=True))
+    convolutions = [path for path, layer in module.named_modules() if isinstance(layer, torch.nn.Conv2d)]
+    weights = {f"{path}.weight": module.get_parameter(f"{path}.weight").detach().numpy().copy() for path in convolutions[1:]}
+    images = np.concatenate([read_input(photograph, ["N", 3, 224, 224], rule) for photograph in photographs])
+    return capture(module, (3, 224, 224)), {key: w for key, w in weights.items() if not key.startswith(head)}, images
 
 
-def rounded(model: ModelProto) -> ModelProto:
-    network, made = lower(read(model.SerializeToString())), ModelProto()
-    made.CopyFrom(network.model)
-    half.round_weights(made, network.weights)
+def pruned(model: ModelProto, weights: dict[str, Array], level: float) -> ModelProto:
+    """With zeros where global magnitude puts them; folded BatchNorm scales weights, and moves no zero."""
+    kept, made = masks.global_magnitude(weights, masks.full(weights), level), ModelProto()
+    made.CopyFrom(model)
+    tensors = {t.name: t for t in made.graph.initializer}
+    for name, mask in kept.items():
+        tensors[name].CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensors[name]) * mask, name))
     return made
 
 
 @pytest.mark.parametrize("values", ["fp32", "fp16"])
 @pytest.mark.parametrize("level", LEVELS)
-def test_top_1_on_photographs(level: float, values: str, pretrained: tuple[dict[float, ModelProto], Array], tmp_path: Path) -> None:
-    """Of the network as it came, of the one with rounded weights, and of the export in both runtimes."""
-    models, images = pretrained
-    report = export(models[level], tmp_path / "net.onnx", values=values, check=False)
-    assert report.plan.prunable_sparsity == pytest.approx(level, abs=0.02) and report.plan.sparse
-    feeds = {"input": images}
-    exact = run(models[level], feeds)[0]
-    reference = run(rounded(models[level]), feeds)[0] if values == "fp16" else exact
+def test_top_1_on_photographs(level: float, values: str, pretrained: tuple[ModelProto, dict[str, Array], Array]) -> None:
+    """The export answers as the network it holds in both runtimes, always; rounding itself may turn a near tie."""
+    dense, weights, images = pretrained
+    model = pruned(dense, weights, level)
+    network, feeds = lower(read(model.SerializeToString())), {"input": images}
+    exact = run(model, feeds)[0]
+    if values == "fp16":
+        half.round_weights(rounded := ModelProto.FromString(network.model.SerializeToString()), network.weights)
+        network = lower(rounded)
+    reference = run(network.model, feeds)[0]
+    keep = {layer.name: Execution() for layer in network.layers if not layer.obstacle and layer.op == "Conv" and layer.sparsity > 0}
+    data = target.encode(network, replace(plan(network, keep), values=values))
+    assert plan(network).prunable_sparsity == pytest.approx(level, abs=0.02) and len(keep) > 20
     for library in (False, True):
-        found = run((tmp_path / "net.onnx").read_bytes(), feeds, library)[0]
+        found = run(data, feeds, library)[0]
         np.testing.assert_allclose(found, reference, atol=1e-4 * np.abs(reference).max())
         np.testing.assert_array_equal(found.argmax(1), reference.argmax(1))
-        np.testing.assert_array_equal(found.argmax(1), exact.argmax(1))
-    assert len(np.unique(exact.argmax(1))) > (10 if level < 0.5 else 0)
+        assert (found.argmax(1) == exact.argmax(1)).mean() >= (1.0 if values == "fp32" else 0.95)
+    assert level > 0.5 or len(np.unique(exact.argmax(1))) > 0.8 * len(images), "these answers mean something"

@@ -173,7 +173,7 @@ def plan(network: Network, keep: Mapping[str, Execution] | None = None) -> Plan:
 
 def _predictions(layer: Layer) -> dict[str, float]:
     """Format -> predicted µs, of the formats open to a layer; empty if its size is unknown."""
-    open_to_it = not layer.obstacle and (layer.depthwise or layer.nnz < layer.weight.size)
+    open_to_it = not layer.obstacle and (layer.depthwise or _smaller(layer))
     candidates = cost.formats_for(layer) if open_to_it else [DENSE]
     times = {format: cost.predict_us(layer, format) for format in candidates}
     return {format: time for format, time in times.items() if time is not None}
@@ -263,11 +263,19 @@ def _edges(network: Network) -> list[_Edge]:
     return edges
 
 
+def _smaller(layer: Layer) -> bool:
+    """Whether the sparse form takes fewer bytes in a file than the dense one: more than a third of zeros."""
+    shape = layer.weight.shape
+    return formats.get(STORED["csr"]).nbytes(shape, layer.nnz) < formats.get(DENSE).nbytes(shape, layer.nnz)
+
+
 def _dense_reason(layer: Layer, times: Mapping[str, float], otherwise: str) -> str:
     if layer.nnz == layer.weight.size and not layer.depthwise:
         return "no zeros"
     if layer.obstacle:
         return f"{layer.obstacle}: dense only"
+    if not _smaller(layer) and not layer.depthwise:
+        return "too few zeros: sparse would take more bytes"
     if not times:
         return "its output size is unknown; give the input shape"
     return _comparison(times, DENSE) if times[DENSE] == min(times.values()) else f"{_comparison(times, DENSE)}, but {otherwise}"
