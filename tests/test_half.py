@@ -13,6 +13,7 @@ import pytest
 from graphs import Array, conv_net, graph, node, normal, optimized, pruned, run, weights
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from ticketkit.bench.subject import Subject
 from ticketkit.errors import ExportError, FormatError, ModelError
 from ticketkit.exporters import examine, export, onnx_dense
 from ticketkit.exporters import onnx as sparse_onnx
@@ -211,6 +212,15 @@ def test_without_graph_optimisations(source: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(session(data, library=False).run(None, {"x": X})[0], expected, atol=1e-4)
     with pytest.raises(Exception, match=r"node '\w+': values: must be .* or a cast of one with graph optimizations on"):
         session(data, library=True)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_dense_engines_are_measured_on_float32_weights(target: str, source: Path, tmp_path: Path) -> None:
+    """Some would cast in every run."""
+    export(source, tmp_path / "net", format=target, values="fp16", check=False)
+    plain = onnx.load(Subject.open(tmp_path / "net", 2, tmp_path).plain)
+    assert "Cast" not in {n.op_type for n in plain.graph.node} and {"stem.weight", "head.weight"} <= set(weights(plain))
+    np.testing.assert_array_equal(run(plain, {"x": X})[0], run((tmp_path / "net").read_bytes(), {"x": X})[0])
 
 
 # What goes wrong -------------------------------------------------------------------------------------------------------------
