@@ -26,6 +26,7 @@ from ticketkit.errors import ExportError, FormatError, ModelError, TicketError
 from ticketkit.exporters import _source
 from ticketkit.exporters._check import Comparison, compare, difference, random_inputs
 from ticketkit.lower import Network, half, lower, operators
+from ticketkit.lower.storage import nbytes
 from ticketkit.planner import VALUES, Plan, plan
 from ticketkit.ticket import write_atomic
 
@@ -168,7 +169,7 @@ def export(
     except TicketError as error:
         raise ExportError(str(error)) from None
     rounded = Rounding(zeros, rounding) if values == "fp16" else None
-    return ExportReport(os.fspath(path), format, len(data), network.model.ByteSize(), chosen, comparisons, speedup, rounded)
+    return ExportReport(os.fspath(path), format, len(data), nbytes(network.model), chosen, comparisons, speedup, rounded)
 
 
 def examine(source: _source.Source, *, round: int | None = None, input_shape: Sequence[int] | None = None) -> Plan:

@@ -23,7 +23,7 @@ from onnx import ModelProto, helper, numpy_helper
 
 from ticketkit.errors import ExportError, KernelError
 from ticketkit.formats import Array
-from ticketkit.lower import Layer, Network, operators
+from ticketkit.lower import Layer, Network, operators, storage
 from ticketkit.lower.cleanup import reason
 from ticketkit.lower.graph import dims
 from ticketkit.runtime import native, ort
@@ -171,7 +171,7 @@ def _run(model: ModelProto, feeds: Mapping[str, Array], what: str, with_library:
     if with_library:
         ort.register(options)
     try:
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        session = storage.session(model, options)
         outputs = session.run(None, dict(feeds))
     except KernelError:
         raise

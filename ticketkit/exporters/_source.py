@@ -35,9 +35,7 @@ def load(source: Source, round: int | None = None, input_shape: Sequence[int] | 
     """
     if round is not None and (isinstance(source, bytes | ModelProto) or not Path(source).is_dir()):
         raise ExportError("--round chooses a round of a run directory; this source is no run directory, leave it out")
-    if isinstance(source, ModelProto):
-        return read(source.SerializeToString())
-    if isinstance(source, bytes):
+    if isinstance(source, bytes | ModelProto):
         return read(source)
     path = Path(source)
     if path.is_dir():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from onnx import ModelProto
 
 from ticketkit.lower import operators
-from ticketkit.lower.cleanup import clean
+from ticketkit.lower.cleanup import clean, concrete_shapes
 from ticketkit.lower.fuse import Fused, fuse
 from ticketkit.lower.graph import Graph, input_shapes, other_shapes, shapes
 from ticketkit.lower.layers import Layer, Shapes, layers
@@ -25,7 +25,7 @@ class Network:
         graph: the folded graph.
         layers: its convolutions and products, in execution order.
         inputs: the concrete shape of each graph input that costs and checks are computed for.
-        shapes: shape of every tensor for those inputs, as far as ONNX can infer it.
+        shapes: shape of every tensor for those inputs, as far as it can be told without running the model.
         others: the same for other sizes of the free dimensions, to tell what is equal from what happens to be.
     """
 
@@ -62,6 +62,5 @@ def lower(model: ModelProto, input_shape: Sequence[int] | None = None) -> Networ
     """
     inputs = input_shapes(model, input_shape)
     graph = Graph(clean(model))
-    assumed = shapes(graph.model, inputs)
-    others = shapes(graph.model, other_shapes(model, inputs))
+    assumed, others = (concrete_shapes(graph.model, fixed) for fixed in (inputs, other_shapes(model, inputs)))
     return Network(graph, layers(graph, assumed, shapes(graph.model, {})), inputs, assumed, others)

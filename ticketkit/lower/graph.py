@@ -62,6 +62,14 @@ def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
         yield from attribute.graphs
 
 
+def every_node(graph: GraphProto) -> Iterator[NodeProto]:
+    """The nodes of a graph, and those of its subgraphs."""
+    for node in graph.node:
+        yield node
+        for inner in subgraphs(node):
+            yield from every_node(inner)
+
+
 def dims(info: ValueInfoProto) -> tuple[Dim, ...] | None:
     """Declared dimensions of a tensor; None if it is no tensor or of unknown rank."""
     if not info.type.HasField("tensor_type") or not info.type.tensor_type.HasField("shape"):
