@@ -16,24 +16,27 @@ from onnx import ModelProto, TensorProto, helper, version_converter
 from ticketkit.errors import FormatError, ModelError, first_line
 from ticketkit.lower import operators, sparse
 from ticketkit.lower.graph import dims
+from ticketkit.lower.float16 import widen
+from ticketkit.lower.storage import skeleton, split
 
 OLDEST = 11  # the first opset whose Clip takes its bounds as inputs, which is how activations are recognised
 WORKING = 12  # the first whose Constant takes plain ints, which the function bodies need; older graphs are converted to it
 SUB_BYTE = ("INT2", "INT4", "FLOAT4E2M1")  # element types that share bytes
 
 
-def read(source: str | os.PathLike[str] | bytes) -> ModelProto:
-    """A checked ONNX model, external data included, at opset 12 or newer, without sparse initializers: they are made dense.
+def read(source: str | os.PathLike[str] | bytes | ModelProto) -> ModelProto:
+    """A checked ONNX model, external data included, at opset 12 or newer, computing in float32 (`ticketkit.lower.float16`), without
+    sparse initializers: they are made dense.
 
     Args:
-        source: a path, or the bytes of a file.
+        source: a path, the bytes of a file, or a model, which is left as it is.
 
     Raises:
-        ModelError: no such file, an opset or size that cannot be handled.
+        ModelError: no such file, or an opset that cannot be handled.
         FormatError: truncated, damaged or no ONNX at all; a malformed graph or sparse weight; a model that is not the one
             ticketkit once wrote into the file.
     """
-    where = "model" if isinstance(source, bytes) else os.fspath(source)
+    where = "model" if isinstance(source, bytes | ModelProto) else os.fspath(source)
     try:
         model = _parse(source)
         _check_text(model)
@@ -47,7 +50,7 @@ def read(source: str | os.PathLike[str] | bytes) -> ModelProto:
         operators.decode(model)  # raises on a malformed sparse weight
         _check_digest(model)
         sparse.densify(model)
-        return _modern(model)
+        return widen(_modern(model))
     except (FormatError, ModelError) as error:
         raise type(error)(f"{where}: {error}") from None
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError, TypeError, RuntimeError) as error:
@@ -71,19 +74,20 @@ def opset(model: ModelProto) -> int:
     return int(versions[0])
 
 
-def _parse(source: str | os.PathLike[str] | bytes) -> ModelProto:
+def _parse(source: str | os.PathLike[str] | bytes | ModelProto) -> ModelProto:
+    if isinstance(source, ModelProto):
+        model = ModelProto()
+        model.CopyFrom(source)
+        return model
     if not isinstance(source, bytes):
         if not Path(source).exists():
             raise ModelError("no such file; expected an .onnx file")
         if Path(source).is_dir():
             raise ModelError("is a folder; expected an .onnx file")
     try:
-        model = onnx.load_from_string(source) if isinstance(source, bytes) else onnx.load(source)
+        return onnx.load_from_string(source) if isinstance(source, bytes) else onnx.load(source)
     except Exception as error:  # protobuf's DecodeError, onnx's own on external data, OSError: all mean that it cannot be read whole
         raise FormatError(f"not a whole ONNX file ({first_line(error)}); truncated or damaged, copy it again") from None
-    if model.ByteSize() >= 2**31:
-        raise ModelError("weights of 2 GiB or more do not fit in one ONNX message; split the model")
-    return model
 
 
 def _check_text(message: Any) -> None:
@@ -112,6 +116,8 @@ def _check_extent(tensor: TensorProto) -> None:
     """A tensor must hold what its dimensions claim; the claim alone never allocates."""
     if any(d < 0 for d in tensor.dims):
         raise FormatError(f"{tensor.name}: negative dimension in {list(tensor.dims)}")
+    if tensor.data_location == TensorProto.EXTERNAL:
+        raise FormatError(f"{tensor.name}: its data is in another file; give the path of the .onnx file that stands beside it")
     if tensor.HasField("raw_data"):
         try:
             itemsize = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type)).itemsize
@@ -126,6 +132,7 @@ def _check_extent(tensor: TensorProto) -> None:
 def _check_graph(model: ModelProto) -> None:
     """The ONNX checker. It insists on output shapes where onnxruntime does not, so missing ones are inferred for it; where even that is
     impossible, onnxruntime's own checks at load have to do."""
+    model = skeleton(model)
     if any(dims(output) is None for output in model.graph.output):
         model = onnx.shape_inference.infer_shapes(model)
     if all(dims(output) is not None for output in model.graph.output):
@@ -150,8 +157,14 @@ def _modern(model: ModelProto) -> ModelProto:
     model.ir_version = max(model.ir_version, 4)
     if opset(model) >= WORKING:
         return model
+    _, large = split(model)
     try:
-        return version_converter.convert_version(model, WORKING)
+        converted = version_converter.convert_version(skeleton(model), WORKING)
     except RuntimeError as error:
         reason = first_line(error)
         raise ModelError(f"opset {opset(model)} cannot be converted to {WORKING} ({reason}); export the model with a newer one") from None
+    inputs = [i for i in converted.graph.input if i.name not in {t.name for t in large}]
+    del converted.graph.input[:]
+    converted.graph.input.extend(inputs)
+    converted.graph.initializer.extend(large)
+    return converted
