@@ -12,6 +12,9 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
+from ticketkit.exporters import get
+from ticketkit.lower import lower, operators, read
+from ticketkit.planner import plan
 from ticketkit.runtime import ort
 
 Array = NDArray[Any]
@@ -84,6 +87,18 @@ def conv_net(sparsity: float = 0.9, channels: int = 32, batch: int | str = "N", 
         node("Gemm", "flat head.weight head.bias", "y", transB=1),
     ]
     return graph(nodes, {"x": [batch, 3, 32, 32]}, ["y"], constants)
+
+
+def everything_sparse(model: ModelProto) -> bytes:
+    """The model with every layer that may be sparse made sparse, whatever the planner thinks of it."""
+    network = lower(read(model))
+    free = {layer.name: operators.Execution() for layer in network.layers if not layer.obstacle}
+    return get("onnx").encode(network, plan(network, keep=free))
+
+
+def sparse_nodes(data: bytes) -> list[NodeProto]:
+    """The nodes of ticketkit's operators in a file, in order."""
+    return list(operators.nodes(onnx.load_from_string(data)))
 
 
 def run(model: ModelProto | bytes, feeds: Mapping[str, Array], library: bool = False) -> list[Array]:

@@ -71,6 +71,11 @@ KEPT: CASES = {
          "v": ints([-1, 16]), "l": normal(5, 16)},
         ["N", 5],
     ),
+    "rows of images": (
+        [node("Reshape", "b c", "r"), node("Gemm", "r w", "g"), node("Relu", "g", "h"), node("Reshape", "h d", "y")],
+        {"c": ints([-1, 6]), "w": normal(6, 3), "d": ints([-1, 8, 6, 3])},
+        ["N", 8, 6, 3],
+    ),
     "squeeze": ([node("Unsqueeze", "b c", "u"), node("Squeeze", "u c", "y")], {"c": ints([1])}, ["N", 8, 6, 6]),
     "split": ([node("Split", "b", "s t", axis=1, num_outputs=2), node("Sub", "s t", "y")], {}, ["N", 4, 6, 6]),
     "gather": ([node("Gather", "b c", "y", axis=1)], {"c": ints([3, 0])}, ["N", 2, 6, 6]),
@@ -83,6 +88,16 @@ MIXED: CASES = {
     "mean over everything": ([node("ReduceMean", "b", "m", keepdims=1), node("Sub", "b m", "y")], {}, ["N", 8, 6, 6]),
     "reshape mixes": ([node("Reshape", "b c", "r"), node("Reshape", "r d", "y")], {"c": ints([8, -1]), "d": ints([-1, 8, 6, 6])}, IMAGE),
     "reshape -1, half an image": ([node("Reshape", "b c", "y")], {"c": ints([-1, FLAT // 2])}, ["N", FLAT // 2]),
+    "rows": ([node("Reshape", "b c", "y")], {"c": ints([-1, 6])}, ["N", 6]),
+    "rows of two images": (
+        [node("Reshape", "b c", "r"), node("Reshape", "r d", "y")], {"c": ints([-1, 6]), "d": ints([-1, 2 * FLAT])}, ["N", 2 * FLAT],
+    ),
+    "rows that cross images": ([node("Reshape", "b c", "r"), node("Relu", "r", "y")], {"c": ints([-1, 5])}, ["N", 5]),
+    "rows mixed": (
+        [node("Reshape", "b c", "r"), node("Softmax", "r", "s", axis=0), node("Reshape", "s d", "y")],
+        {"c": ints([-1, 6]), "d": ints([-1, 8, 6, 6])},
+        IMAGE,
+    ),
     "reshape to zero": ([node("Reshape", "b c", "y", allowzero=1)], {"c": ints([0, FLAT])}, ["N", FLAT]),
     "reshape by shape, swapped": (shape_chain(swapped=True), {"zero": ints(0), "zeros": ints([0]), "rest": ints([-1])}, ["N", "M"]),
     "transpose": ([node("Transpose", "b", "y", perm=[1, 0, 2, 3])], {}, ["N", "M", 6, 6]),

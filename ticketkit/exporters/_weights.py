@@ -218,8 +218,9 @@ def _put_back(model: ModelProto, node: NodeProto, name: str, weights: Weights) -
     """Let a node of the model read the stored arrays instead of its own."""
     weight = weights.weight()
     if node.op_type == "MatMul":
-        original = next(t for t in model.graph.initializer if t.name == node.input[1])
-        weight = np.ascontiguousarray(weight.T).reshape(tuple(original.dims))
+        weight = np.ascontiguousarray(weight.T)
+    if node.op_type != "Gemm":  # stacked, or of a convolution over sequences
+        weight = weight.reshape(next(tuple(t.dims) for t in model.graph.initializer if t.name == node.input[1]))
     arrays = {f"{name}.weight.stored": weight}
     if node.op_type != "MatMul" and weights.bias is not None:
         arrays[f"{name}.bias.stored"] = weights.bias

@@ -15,12 +15,15 @@ from ticketkit.errors import ExportError
 from ticketkit.exporters._check import require_equal
 from ticketkit.formats import Array, gaps
 from ticketkit.lower import Fused, Graph, Network, half, operators, read
+from ticketkit.lower.around import around
 from ticketkit.lower.layouts import layouts
 from ticketkit.lower.reader import digest, opset
+from ticketkit.lower.storage import nbytes
 from ticketkit.planner import Plan
 
 SUFFIX = ".onnx"
 VALUES = ("fp32", "fp16")
+LIMIT = 2**31 - 2**20  # bytes of a protobuf message, with room for the hash
 
 
 def encode(network: Network, plan: Plan) -> bytes:
@@ -52,9 +55,15 @@ def decode(data: bytes, network: Network) -> ModelProto:
 
 
 def finish(model: ModelProto, network: Network, plan: Plan) -> bytes:
-    """Serialize with ticketkit's name and the hash of the model, by which `read` knows damage; weights as the plan says."""
+    """Serialize with ticketkit's name and the hash of the model, by which `read` knows damage; weights as the plan says.
+
+    Raises:
+        ExportError: one file cannot hold it.
+    """
     if plan.values == "fp16":
         half.narrow(model, network.weights | {node.input[1] for node in operators.nodes(model)})
+    if (size := nbytes(model)) >= LIMIT:
+        raise ExportError(f"the file would have {size:,} bytes, and an ONNX file holds less than {LIMIT:,}: prune more")
     model.producer_name, model.producer_version = "ticketkit", __version__
     model.metadata_props.add(key="ticketkit.version", value=__version__)
     model.metadata_props.add(key=operators.DIGEST, value=digest(model))
@@ -74,7 +83,7 @@ def _sparse(network: Network, chosen: Mapping[str, operators.Execution]) -> Mode
     nodes = []
     for at, node in enumerate(source.graph.node):
         if at in fused:
-            nodes.append(_sparse_node(fused[at], executions[fused[at].layer.name], constants))
+            nodes.extend(_sparse_nodes(fused[at], executions[fused[at].layer.name], constants))
         elif at not in absorbed:
             nodes.append(node)
     used = sorted({n.op_type for n in nodes if n.domain == operators.DOMAIN})
@@ -88,16 +97,16 @@ def _sparse(network: Network, chosen: Mapping[str, operators.Execution]) -> Mode
     return model
 
 
-def _sparse_node(fused: Fused, execution: operators.Execution, constants: _Constants) -> NodeProto:
+def _sparse_nodes(fused: Fused, execution: operators.Execution, constants: _Constants) -> list[NodeProto]:
     layer = fused.layer
     if layer.obstacle or layer.bias is None:
         raise ExportError(f"{layer.name}: the plan makes it sparse, but: {layer.obstacle}; plan the network again")
     parts = {**gaps.pack(layer.weight), "bias": layer.bias}
-    inputs = [layer.x, *(constants.add(f"{layer.name}.{part}", array) for part, array in parts.items())]
+    before, x, y, after = around(fused, constants.add, constants.fresh)
+    inputs = [x, *(constants.add(f"{layer.name}.{part}", array) for part, array in parts.items())]
     op = operators.CONV if layer.op == "Conv" else operators.GEMM
-    return operators.make_node(
-        op, inputs, fused.output, layer.name, layer.weight.shape, layer.window, fused.epilogue, execution, layer.group
-    )
+    node = operators.make_node(op, inputs, y, layer.name, layer.weight.shape, layer.window, fused.epilogue, execution, layer.group)
+    return [*before, node, *after]
 
 
 def _reads(nodes: Sequence[NodeProto], source: ModelProto) -> set[str]:
@@ -120,9 +129,13 @@ class _Constants:
         """Name of the initializer that holds this array."""
         key = (f"{array.dtype}{array.shape}", hashlib.sha256(array.tobytes()).digest())
         if key not in self._names:
-            while name in self._taken:
-                name = f"{name}_"
-            self._taken.add(name)
-            self._names[key] = name
-            self.tensors.append(numpy_helper.from_array(array, name))
+            self._names[key] = self.fresh(name)
+            self.tensors.append(numpy_helper.from_array(array, self._names[key]))
         return self._names[key]
+
+    def fresh(self, name: str) -> str:
+        """The name, or one like it if it is taken."""
+        while name in self._taken:
+            name = f"{name}_"
+        self._taken.add(name)
+        return name

@@ -1,8 +1,9 @@
 """Whether a model treats the images of a batch one by one, so that a batch may be run in pieces.
 
-Every tensor is one of three things, found in one walk from inputs to outputs, or else the answer is no:
+Every tensor is one of four things, found in one walk from inputs to outputs, or else the answer is no:
 
     BATCH   axis 0 counts images, and slice i is computed from slice i of the inputs and from nothing else
+    rows R  the same, but R slices for each image, one image after the other: tokens, as products of rows take them
     FREE    the same for every batch: constants, and sizes of other axes
     SIZES   integers of which the first is the number of images and the others are FREE, such as the shape of a BATCH tensor
 
@@ -22,7 +23,7 @@ from ticketkit.formats import Array
 from ticketkit.lower import operators
 from ticketkit.lower.graph import Dim, Graph, declare, dims, shapes
 
-BATCH, FREE, SIZES = "batch", "free", "sizes"
+BATCH, FREE, SIZES, ROWS = "batch", "free", "sizes", "rows "
 RANK = 4  # of the inputs: images
 
 
@@ -72,6 +73,10 @@ class _Walk:
     def kind(self, node: NodeProto, at: int) -> str | None:
         """Of input `at`; an absent one is FREE."""
         return self.kinds[node.input[at]] if len(node.input) > at and node.input[at] else FREE
+
+    def each(self, node: NodeProto) -> bool:
+        """Whether input 0 is BATCH, or rows."""
+        return self.kinds[node.input[0]] not in (FREE, SIZES)
 
     def free(self, node: NodeProto, start: int, stop: int | None = None) -> bool:
         """Whether these inputs are FREE or absent."""
@@ -125,7 +130,7 @@ def _never(walk: _Walk, node: NodeProto) -> str | None:
 
 def _first(walk: _Walk, node: NodeProto) -> str | None:
     """Images in input 0, parameters in the others."""
-    return BATCH if walk.kind(node, 0) == BATCH and walk.free(node, 1) and _only(node) else None
+    return walk.kind(node, 0) if walk.each(node) and walk.free(node, 1) and _only(node) else None
 
 
 def _normalized(walk: _Walk, node: NodeProto) -> str | None:
@@ -138,8 +143,8 @@ def _cast(walk: _Walk, node: NodeProto) -> str | None:
 
 def _sparse(walk: _Walk, node: NodeProto) -> str | None:
     """Images, their weight in three parts, and the residual, of the shape of the output."""
-    apart = walk.kind(node, 0) == BATCH and walk.free(node, 1, 4) and len(node.input) < 6 and _only(node)
-    return BATCH if apart and (len(node.input) < 5 or walk.kind(node, 4) == BATCH) else None
+    apart = walk.each(node) and walk.free(node, 1, 4) and len(node.input) < 6 and _only(node)
+    return walk.kind(node, 0) if apart and (len(node.input) < 5 or walk.kind(node, 4) == walk.kind(node, 0)) else None
 
 
 def _elementwise(walk: _Walk, node: NodeProto) -> str | None:
@@ -192,19 +197,22 @@ def _flatten(walk: _Walk, node: NodeProto) -> str | None:
 
 
 def _reshape(walk: _Walk, node: NodeProto) -> str | None:
-    """The number of images must stay in front: copied (0), taken from a shape, or left over (-1) when the rest is one image."""
-    if walk.kind(node, 0) != BATCH:
+    """The number of images must stay in front: copied (0), taken from a shape, or left over (-1) when the rest is an image or a part."""
+    kind = walk.kind(node, 0)
+    if not walk.each(node):
         return None
     if walk.kind(node, 1) == SIZES:
-        return BATCH
+        return BATCH if kind == BATCH else None
     target, shape = walk.ints(node, "shape", 1), walk.shape(node.input[0])
     if not target or not shape:
         return None
     if target[0] == 0:
-        return None if _attribute(node, "allowzero", 0) else BATCH
-    image = shape[1:]
-    known = target[0] == -1 and all(d > 0 for d in target[1:]) and all(isinstance(d, int) for d in image)
-    return BATCH if known and prod(target[1:]) == prod(d for d in image if isinstance(d, int)) else None
+        return None if _attribute(node, "allowzero", 0) else kind
+    sizes = [d for d in shape[1:] if isinstance(d, int)]
+    if target[0] != -1 or min(target[1:], default=1) < 1 or len(sizes) < len(shape) - 1:
+        return None
+    image, slices = prod(sizes) * (1 if kind == BATCH else int(str(kind).removeprefix(ROWS))), prod(target[1:])
+    return BATCH if image == slices else f"{ROWS}{image // slices}" if image and image % slices == 0 else None
 
 
 def _transpose(walk: _Walk, node: NodeProto) -> str | None:
@@ -259,11 +267,12 @@ def _resize(walk: _Walk, node: NodeProto) -> str | None:
 
 
 def _gemm(walk: _Walk, node: NodeProto) -> str | None:
-    rows = walk.kind(node, 0) == BATCH and walk.kind(node, 1) == FREE and not _attribute(node, "transA", 0)
-    if not rows or len(node.input) < 3 or not node.input[2]:
-        return BATCH if rows else None
-    added = walk.kind(node, 2)
-    return BATCH if (added == BATCH and walk.rank(node, 2) == 2) or (added == FREE and walk.stretches(node.input[2], 2)) else None
+    kind, added = walk.kind(node, 0), walk.kind(node, 2)
+    if not walk.each(node) or walk.kind(node, 1) != FREE or _attribute(node, "transA", 0):
+        return None
+    if len(node.input) < 3 or not node.input[2]:
+        return kind
+    return kind if (added == kind and walk.rank(node, 2) == 2) or (added == FREE and walk.stretches(node.input[2], 2)) else None
 
 
 def _matmul(walk: _Walk, node: NodeProto) -> str | None:

@@ -1,4 +1,4 @@
-"""Which nodes one sparse node can stand for: the layer itself, then Add of a residual, then Relu or Clip.
+"""Which nodes one sparse node can stand for: the layer itself, then Add of a bias or residual, then Relu or Clip.
 
 Fusion is a view, not a rewrite: the exporter that has the operator asks for it, the dense targets leave the graph as it is.
 """
@@ -47,9 +47,13 @@ def fuse(graph: Graph, layers: Iterable[Layer], shapes: Sequence[Shapes]) -> lis
     found = []
     for layer in sorted(layers, key=lambda each: -each.at):
         output, absorbed = layer.y, [layer.at]
+        if layer.bias_at is not None:
+            absorbed.append(layer.bias_at)
+            output = graph.model.graph.node[layer.bias_at].output[0]
         residual, activation, low, high = "", "None", 0.0, 0.0
         following = graph.only_reader(output)
-        if following and following[0] not in taken and layer.op == "Conv" and (residual := _residual(graph, following[1], output, shapes)):
+        images = layer.op == "Conv" and not layer.sequence
+        if following and following[0] not in taken and images and (residual := _residual(graph, following[1], output, shapes)):
             absorbed.append(following[0])
             output = following[1].output[0]
             following = graph.only_reader(output)

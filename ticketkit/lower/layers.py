@@ -28,6 +28,10 @@ class Layer:
         x_shape, y_shape: their shapes, None where ONNX cannot infer them.
         weight: f32 [M, C/group, kh, kw] for Conv, [M, K] for Gemm and MatMul (transposed and scaled so that y = x Wᵀ + b).
         bias: f32 [M], zeros where the node has none, None where it is computed at run time.
+        bias_at: position of the node that adds it, where that is an Add after a MatMul; else None.
+        sequence: whether it is a convolution of sequences [N, C, L]; weight, shapes and window are those of one of images [N, C, 1, L].
+        leading: of a MatMul whose input has more than two axes all but the last, as far as they are the same for every input; an input of
+            unknown rank counts as one of three unknown axes. Such a layer takes them as rows (`ticketkit.lower.around`). Else empty.
         group: of a convolution, else 1.
         window: strides, pads (top, left, bottom, right) and dilations of a 2-D convolution, else empty.
         obstacle: why no sparse kernel can take this layer, "" if one can.
@@ -45,6 +49,9 @@ class Layer:
     group: int
     window: dict[str, list[int]]
     obstacle: str
+    bias_at: int | None = None
+    leading: tuple[Dim, ...] = ()
+    sequence: bool = False
 
     @property
     def depthwise(self) -> bool:
@@ -99,10 +106,12 @@ def layers(graph: Graph, assumed: Shapes, declared: Shapes) -> tuple[Layer, ...]
             continue
         if not weight.size:
             raise ModelError(f"{node.name}: its weight {list(weight.shape)} has no elements; the model is broken, export it again")
-        x_shape, y_shape = (_whole(assumed.get(name)) for name in (node.input[0], node.output[0]))
+        x_shape, y_shape = (assumed.get(name) for name in (node.input[0], node.output[0]))
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         fields = reader(node, attributes, weight, graph, declared.get(node.input[0]))
-        layer = Layer(node.name, node.op_type, at, node.input[0], node.output[0], x_shape, y_shape, **fields)
+        if fields.get("sequence"):
+            x_shape, y_shape = _as_image(x_shape), _as_image(y_shape)
+        layer = Layer(node.name, node.op_type, at, node.input[0], node.output[0], _whole(x_shape), _whole(y_shape), **fields)
         for what, array in (("weight", weight), ("bias", layer.bias)):
             if array is not None and not np.isfinite(array).all():
                 raise ModelError(f"{layer.name}: its {what} holds NaN or infinity; the model is broken, export or train it again")
@@ -114,22 +123,27 @@ def _conv(node: NodeProto, attributes: dict[str, Any], weight: Array, graph: Gra
     group, spatial = int(attributes.get("group", 1)), weight.ndim - 2
     channels = weight.shape[1] * group if node.op_type == "ConvTranspose" else weight.shape[0]
     bias = _bias(node, graph, channels)
-    window = _window(attributes, weight.shape[2:], x_shape) if spatial == 2 and node.op_type == "Conv" else {}
+    sequence = spatial == 1 and node.op_type == "Conv"
+    if sequence:
+        weight, x_shape = weight[:, :, None], _as_image(x_shape)
+        above = {"strides": 1, "dilations": 1, "pads": 0}
+        attributes = {key: [n for side in a for n in (above[key], side)] if key in above else a for key, a in attributes.items()}
+    window = _window(attributes, weight.shape[2:], x_shape) if weight.ndim == 4 and node.op_type == "Conv" else {}
     obstacles = {
         "transposed convolution": node.op_type == "ConvTranspose",
-        f"{spatial}-D convolution": spatial != 2,
+        f"{spatial}-D convolution": spatial > 2,
         f"grouped convolution ({group} groups)": group > 1 and weight.shape[:2] != (group, 1),
         f"weights of type {weight.dtype}": weight.dtype != np.float32,
         "bias computed at run time": bias is None,
         "padding depends on an unknown input size": not window,
         "negative padding": min(window.get("pads", [0]), default=0) < 0,
     }
-    return {"weight": weight, "bias": bias, "group": group, "window": window, "obstacle": _first(obstacles)}
+    return {"weight": weight, "bias": bias, "group": group, "window": window, "sequence": sequence, "obstacle": _first(obstacles)}
 
 
 def _gemm(node: NodeProto, attributes: dict[str, Any], weight: Array, graph: Graph, x_shape: tuple[Dim, ...] | None) -> dict[str, Any]:
     oriented = weight if attributes.get("transB", 0) else weight.T
-    scaled = oriented * weight.dtype.type(attributes.get("alpha", 1.0))
+    alpha, beta = (weight.dtype.type(attributes.get(key, 1.0)) for key in ("alpha", "beta"))
     bias = _bias(node, graph, oriented.shape[0])
     obstacles = {
         f"weights of type {weight.dtype}": weight.dtype != np.float32,
@@ -137,8 +151,8 @@ def _gemm(node: NodeProto, attributes: dict[str, Any], weight: Array, graph: Gra
         "bias computed at run time, or one per row": bias is None,
     }
     return {
-        "weight": np.ascontiguousarray(scaled),
-        "bias": None if bias is None else bias * bias.dtype.type(attributes.get("beta", 1.0)),
+        "weight": np.ascontiguousarray(oriented if alpha == 1 else oriented * alpha),
+        "bias": None if bias is None else bias * beta,
         "group": 1,
         "window": {},
         "obstacle": _first(obstacles),
@@ -146,15 +160,38 @@ def _gemm(node: NodeProto, attributes: dict[str, Any], weight: Array, graph: Gra
 
 
 def _matmul(node: NodeProto, attributes: dict[str, Any], weight: Array, graph: Graph, x_shape: tuple[Dim, ...] | None) -> dict[str, Any]:
-    if weight.ndim > 2:  # a stack of matrices, used one by one
-        weight = weight.reshape(-1, weight.shape[-1])
-        rank = "stacked weight"
-    else:
-        rank = "" if x_shape is not None and len(x_shape) == 2 else f"input of rank {len(x_shape) if x_shape else '?'}"
-    obstacles = {f"weights of type {weight.dtype}": weight.dtype != np.float32, rank: bool(rank)}
-    oriented = np.ascontiguousarray(weight.T)
-    bias = np.zeros(oriented.shape[0], np.float32)
-    return {"weight": oriented, "bias": bias, "group": 1, "window": {}, "obstacle": _first(obstacles)}
+    stacked = weight.ndim > 2  # matrices used one by one
+    oriented = np.ascontiguousarray(weight.reshape(-1, weight.shape[-1]).T)
+    leading = (None, None) if x_shape is None else x_shape[:-1]
+    least = 1 if x_shape is None else len(x_shape)
+    bias, bias_at = (None, None) if stacked else _added(node, graph, oriented.shape[0], least)
+    obstacles = {
+        f"weights of type {weight.dtype}": weight.dtype != np.float32,
+        "stacked weight": stacked,
+        "input of rank 1": not leading,
+        "empty input": 0 in leading,
+    }
+    return {
+        "weight": oriented,
+        "bias": np.zeros(oriented.shape[0], np.float32) if bias is None else bias,
+        "bias_at": bias_at,
+        "leading": leading if len(leading) > 1 else (),
+        "group": 1,
+        "window": {},
+        "obstacle": _first(obstacles),
+    }
+
+
+def _added(node: NodeProto, graph: Graph, channels: int, rank: int) -> tuple[Array | None, int | None]:
+    """(bias [channels], its position) where only an Add of a constant per channel reads a product of that rank or more, else Nones."""
+    following = graph.only_reader(node.output[0])
+    if following is None or following[1].op_type != "Add" or following[1].domain not in ("", "ai.onnx"):
+        return None, None
+    at, add = following
+    bias = graph.constant(add.input[1] if add.input[0] == node.output[0] else add.input[0])
+    if bias is None or bias.dtype != np.float32 or bias.ndim > rank or (bias.size > 1 and bias.shape[-1:] != (bias.size,)):
+        return None, None
+    return (np.ascontiguousarray(np.broadcast_to(bias.ravel(), (channels,))), at) if bias.size in (1, channels) else (None, None)
 
 
 def _bias(node: NodeProto, graph: Graph, channels: int) -> Array | None:
@@ -185,6 +222,11 @@ def _window(attributes: dict[str, Any], kernel: tuple[int, ...], x_shape: tuple[
         small, large = [t // 2 for t in total], [t - t // 2 for t in total]
         pads = small + large if mode == "SAME_UPPER" else large + small
     return {"strides": strides, "pads": pads, "dilations": dilations}
+
+
+def _as_image(shape: tuple[Dim, ...] | None) -> tuple[Dim, ...] | None:
+    """The shape of sequences [N, C, L] as that of images of one row."""
+    return None if shape is None else (*shape[:2], 1, *shape[2:])
 
 
 def _whole(shape: tuple[Dim, ...] | None) -> tuple[int, ...] | None:

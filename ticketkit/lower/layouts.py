@@ -29,7 +29,7 @@ def layouts(graph: Graph, fused: Sequence[Fused], chosen: Mapping[str, Execution
     A tensor can be in tiles only if nodes of ours alone write and read it. A node has its residual in the order of its output, so all
     tensors of a chain of residual blocks share one.
     """
-    convolutions = [f for f in fused if f.layer.op == "Conv" and f.layer.group == 1]
+    convolutions = [f for f in fused if f.layer.op == "Conv" and f.layer.group == 1 and not f.layer.sequence]
     chains, gains = _Chains(), defaultdict[str, Counter[str]](Counter)
     for f in convolutions:
         if f.epilogue.residual:
