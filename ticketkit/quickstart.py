@@ -90,10 +90,10 @@ def uniform(level: float, name: str = "resnet50", depthwise: bool = True) -> dic
     import torch
 
     with torch.random.fork_rng(devices=[]):  # not on the meta device, where not every network can be built
-        weights = _weights(_build(name))
-    first, *_, last = weights
-    dense = {layer for layer, weight in weights.items() if weight.dim() == 4 and weight.shape[1] == 1 and not depthwise}
-    return {layer: 0.0 if layer in dense | {first, last} else level for layer in weights}
+        found = weights(_build(name))
+    first, *_, last = found
+    dense = {layer for layer, weight in found.items() if weight.dim() == 4 and weight.shape[1] == 1 and not depthwise}
+    return {layer: 0.0 if layer in dense | {first, last} else level for layer in found}
 
 
 def resnet50(sparsity: Mapping[str, float], image: int = 224, seed: int = 0) -> ModelProto:
@@ -118,7 +118,7 @@ def network(name: str, sparsity: Mapping[str, float], image: int = 224, seed: in
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         module = _build(name)
-        for layer, weight in _weights(module).items():
+        for layer, weight in weights(module).items():
             # the largest weights of a layer carry most of its energy, so activations neither vanish nor overflow
             nn.init.kaiming_normal_(weight, mode="fan_in", nonlinearity="relu")
             array = {layer: weight.numpy()}  # of the same memory
@@ -134,7 +134,7 @@ def _build(name: str) -> nn.Module:
     return zoo.get_model(name, weights=None)
 
 
-def _weights(module: nn.Module) -> dict[str, Tensor]:
+def weights(module: nn.Module) -> dict[str, Tensor]:
     """Layer name -> weight of every convolution and fully connected layer, in the module's order.
 
     The joint projection of an attention layer is no module of its own: it goes by the name of its parameter.
