@@ -95,7 +95,8 @@ def derive_tolerance(network: Network, feeds: Mapping[str, Array], expected: Map
     changes = [largest_differences(expected, _run(noisy(network, seed + draw), feeds, "the noisy original")) for draw in range(DRAWS)]
     rounding = EPS * len(network.model.graph.node)
     largest = {name: float(np.abs(a).max()) if a.size and a.dtype.kind == "f" else 0.0 for name, a in expected.items()}
-    return {name: max(change[name] for change in changes) + rounding * largest[name] for name in expected}
+    last = {name: float(np.finfo(a.dtype).eps) if a.dtype.kind == "f" else 0.0 for name, a in expected.items()}  # that of a float16 output
+    return {name: max(change[name] for change in changes) + max(rounding, last[name]) * largest[name] for name in expected}
 
 
 def noisy(network: Network, seed: int) -> ModelProto:
