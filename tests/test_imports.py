@@ -41,8 +41,15 @@ ROOMS["estimator"] = ({*ROOMS}, DEPLOY | {"onnx", "rich", "torch", "torchvision"
 ROOMS["quickstart"] = (set(ROOMS), {"rich", "torch", "torchvision", "numpy", "onnx"})
 ROOMS["cli"] = (set(ROOMS), {"click", "rich", "numpy", "PIL"})
 VERBS_ONLY = {("exporters", "search"), ("exporters", "capture")}  # `export` of a run directory reaches torch through these, lazily
+MORE = {  # file -> packages that it may use beside those of its room
+    "runtime/torch_op.py": {"torch"},
+    "runtime/torch_graph.py": {"torch", "onnx"},
+    "exporters/_torch.py": {"torch"},
+    "exporters/torch.py": {"torch"},
+    "exporters/executorch.py": {"torch", "executorch"},
+}
 ONLY_HERE = {"ctypes": "runtime/native.py", "click": "cli.py"}
-LAZY_TORCH = {"bench", "estimator", "quickstart"}  # may import torch inside a function, never at module level
+LAZY_TORCH = {"bench", "estimator", "exporters", "quickstart"}  # may import torch inside a function, never at module level
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
@@ -84,7 +91,7 @@ def test_module_imports_only_what_its_room_may(path: Path) -> None:
         elif package in STDLIB:
             assert ONLY_HERE.get(package, str(relative)) == str(relative), f"{relative} imports {package}"
         else:
-            assert package in packages, f"{relative} imports {package}"
+            assert package in packages | MORE.get(relative.as_posix(), set()), f"{relative} imports {package}"
             assert ONLY_HERE.get(package, str(relative)) == str(relative), f"{relative} imports {package}"
             assert not (top and package.startswith("torch") and room in LAZY_TORCH), f"{relative} imports {package} at module level"
 

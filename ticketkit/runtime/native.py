@@ -243,6 +243,23 @@ class Layer:
         `aligned(workspace_bytes)`, to be given where runs are timed: fresh memory costs page faults. Raises KernelError for a wrong
         shape or dtype, an `out` that cannot be written, minimum > maximum.
         """
+        prepared = self.prepare(x, bias, residual, minimum=minimum, maximum=maximum, out=out)
+        scratch = aligned(self.workspace_bytes) if workspace is None else workspace
+        for begin, end in itertools.pairwise([0, *sorted(cuts), prepared.parts]):
+            prepared(begin, end, scratch)
+        return prepared.y
+
+    def prepare(
+        self,
+        x: FloatArray,
+        bias: FloatArray | None = None,
+        residual: FloatArray | None = None,
+        *,
+        minimum: float = -np.inf,
+        maximum: float = np.inf,
+        out: FloatArray | None = None,
+    ) -> Run:
+        """The same run, not yet begun, for callers that share its parts among threads. Raises as `run` does."""
         batch = x.shape[0] if x.ndim else 0
         y = np.empty((batch, *self.out_shape), np.float32) if out is None else out
         _float_array(x, (batch, *self.in_shape), "x")
@@ -251,17 +268,29 @@ class Layer:
         _float_array(y, (batch, *self.out_shape), "out")
         if not y.flags.writeable or np.may_share_memory(x, y):
             raise KernelError("out: expected a writable array that does not overlap x")
-        if batch == 0:
-            return y
-        scratch = aligned(self.workspace_bytes) if workspace is None else workspace
-        if scratch.nbytes < self.workspace_bytes:
-            raise KernelError(f"workspace: expected {self.workspace_bytes} bytes, got {scratch.nbytes}")
-        args = _Args(batch, x.ctypes.data, None if bias is None else bias.ctypes.data,
-                     None if residual is None else residual.ctypes.data, y.ctypes.data, minimum, maximum)  # fmt: skip
-        edges = [0, *sorted(cuts), self.parts(batch)]
-        for begin, end in itertools.pairwise(edges):
-            _check(_library().tk_run(self.packed.ctypes.data, c.byref(args), begin, end, scratch.ctypes.data), "run")
-        return y
+        return Run(self, batch, x, bias, residual, y, minimum, maximum)
+
+
+class Run:
+    """One run of a layer over checked arrays, `parts` independent parts; `y` is whole once each of them is done. From `Layer.prepare`."""
+
+    def __init__(
+        self, layer: Layer, batch: int, x: FloatArray, bias: FloatArray | None, residual: FloatArray | None, y: FloatArray,
+        minimum: float, maximum: float,
+    ) -> None:  # fmt: skip
+        self.y = y
+        self.parts = layer.parts(batch) if batch else 0
+        self._layer = layer
+        self._arrays = x, bias, residual, y  # kept alive, for the addresses below
+        self._args = _Args(batch, *(None if a is None else a.ctypes.data for a in self._arrays), minimum, maximum)
+
+    def __call__(self, begin: int, end: int, workspace: NDArray[np.uint8]) -> None:
+        """Compute the parts begin … end - 1, any ranges at the same time if each has a workspace of its own; KernelError."""
+        if not self.parts:
+            return
+        if workspace.nbytes < self._layer.workspace_bytes:
+            raise KernelError(f"workspace: expected {self._layer.workspace_bytes} bytes, got {workspace.nbytes}")
+        _check(_library().tk_run(self._layer.packed.ctypes.data, c.byref(self._args), begin, end, workspace.ctypes.data), "run")
 
 
 def _csr(rows: int, cols: int, parts: Parts) -> _Csr:
