@@ -1,6 +1,6 @@
 """PyTorch eager on the CPU: dense, what a model costs before anybody deploys it.
 
-The ONNX graph is rebuilt as a torch module by `bench.torch_graph`; an operator unknown there is an error, not a wrong row.
+The ONNX graph is rebuilt as a torch module by `runtime.torch_graph`; an operator unknown there is an error, not a wrong row.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+
+import onnx
 
 from ticketkit.bench.engines import Arrays, Feeds
 
@@ -35,7 +37,7 @@ def load(path: Path, threads: int, feeds: Feeds) -> Callable[[], Arrays]:
     """The graph rebuilt as a torch module, run eagerly in inference mode.
 
     Args:
-        path: ONNX file, float32, of the operators that `bench.torch_graph` knows.
+        path: ONNX file, float32, of the operators that `runtime.torch_graph` knows.
         threads: of this whole process: `torch.set_num_threads`.
         feeds: arrays [N, ...] by input name, N the batch, in the order of the graph inputs: they are handed over by position. Shared
             with torch, not copied.
@@ -44,14 +46,14 @@ def load(path: Path, threads: int, feeds: Feeds) -> Callable[[], Arrays]:
         The call to be timed: the outputs, each [N, ...], in graph order. Wrong shapes show only there (torch's RuntimeError).
 
     Raises:
-        ModelError: an operator or a padding rule unknown to `bench.torch_graph`.
+        ModelError: an operator or a padding rule unknown to `runtime.torch_graph`.
     """
     import torch
 
-    from ticketkit.bench.torch_graph import as_module
+    from ticketkit.runtime.torch_graph import as_module
 
     torch.set_num_threads(threads)
-    module, inputs = as_module(path), [torch.from_numpy(array) for array in feeds.values()]
+    module, inputs = as_module(onnx.load(str(path))), [torch.from_numpy(array) for array in feeds.values()]
 
     def run() -> Arrays:
         with torch.inference_mode():
