@@ -103,7 +103,7 @@ def test_capture_is_quiet_and_keeps_nothing_of_this_machine(capfd: pytest.Captur
 
 
 def test_refusals() -> None:
-    with pytest.raises(ModelError, match=r"does not take an input of shape \[2, 4, 8, 8\]"):
+    with pytest.raises(ModelError, match=r"does not take an input of shape \[1, 4, 8, 8\]"):
         capture(block(), (4, 8, 8))
     with pytest.raises(ModelError, match="opset 11: expected 18 to 20"):
         capture(block(), (3, 8, 8), 11)

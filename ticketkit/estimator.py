@@ -140,7 +140,7 @@ def estimate(
     if distribution not in DISTRIBUTIONS:
         raise TicketError(f"distribution: expected one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}")
     named = _is_name(source)
-    model = _torchvision(str(source), input_shape or IMAGE) if named else load(source, round, input_shape)
+    model = _torchvision(str(source), input_shape or IMAGE) if named else load(source, round, input_shape).model
     network = lower(_batched(model, batch), input_shape)
     layers, rule = prunable(network)
     weights = {layer.name: layer.weight for layer in layers}
@@ -148,7 +148,7 @@ def estimate(
     found = tuple(Level(s, plan(_pruned(network, DISTRIBUTIONS[distribution](weights, s, block)))) for s in levels)
     machine, by_magnitude = str(cost.table()["machine"]), distribution == "global"
     notes = (COUNTED.format(machine=machine), *([RANDOM if named else FOLDED] if by_magnitude else []))
-    name = "model" if isinstance(source, bytes | ModelProto) else os.fspath(source)
+    name = os.fspath(source) if isinstance(source, str | os.PathLike) else "model"
     return Estimate(name, tuple(weights), rule, share, distribution, granularity, machine, found, notes)
 
 

@@ -148,7 +148,10 @@ class Ticket:
         """
         tensors, metadata = read_safetensors(path)
         if KEY not in metadata:
-            raise TicketError(f"{path}: a safetensors file but no ticket: it has no {KEY!r} metadata; are these plain weights?")
+            raise TicketError(
+                f"{path}: a safetensors file but no ticket: it has no {KEY!r} metadata;"
+                " if these are plain weights, name their network (--model)"
+            )
         try:
             header = json.loads(metadata[KEY])
             claimed, version, shapes = header.pop("sha256"), header["format"], header["shapes"]

@@ -4,6 +4,7 @@ A family file states
     NAMES                               the networks it builds
     STEM, HEAD                          module names of its first convolution(s) and of its head(s): never pruned
     WEIGHTS                             what `--weights` means where it is not given: "random", or a published weight name
+    SIDE                                height and width of the images it was published for
     build(name, num_classes, image_size)    the network, randomly initialised from torch's global generator
     published(name, weights)            optional: the state dict of published weights, by weight name
 
@@ -28,7 +29,7 @@ from torch import nn
 from ticketkit.errors import ModelError
 from ticketkit.models._checkpoint import Source, fit, load_checkpoint, state_sha256
 
-__all__ = ["Source", "arrays", "assign", "build", "family", "load_checkpoint", "load_weights", "names", "prunable", "rule"]
+__all__ = ["Source", "arrays", "assign", "build", "family", "fit", "load_checkpoint", "load_weights", "names", "prunable", "rule"]
 
 
 @cache

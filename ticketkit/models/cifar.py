@@ -15,6 +15,7 @@ NAMES = tuple(BLOCKS)
 STEM = ("conv1",)
 HEAD = ("linear",)
 WEIGHTS = "random"
+SIDE = 32
 
 
 class Shortcut(nn.Module):  # type: ignore[misc]

@@ -21,6 +21,7 @@ NAMES = tuple(name for name in zoo.list_models(module=zoo) if "resne" in name)
 STEM = ("conv1",)
 HEAD = ("fc",)
 WEIGHTS = "IMAGENET1K_V1"  # the papers' weights; torchvision's DEFAULT (V2) was trained by another recipe
+SIDE = 224
 SMALL = 64
 
 
