@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import targets
 from graphs import conv_net, graph, node, normal, pruned, run
 from onnx import numpy_helper
 
@@ -68,7 +69,7 @@ def sparse_nodes(file: Path) -> dict[str, str]:
 # export ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", targets.TARGETS)
 def test_export(target: str, cli: Cli, source: Path, tmp_path: Path) -> None:
     out = cli("export", source, "-o", tmp_path / "out", "--format", target)
     assert "smaller than dense" in out and "max |difference| in onnxruntime" in out and "prunable sparsity 90.00%" in out

@@ -14,6 +14,7 @@ import torchvision
 from graphs import Array, conv_net, graph, node, normal, optimized, pruned, run, weights
 from onnx import ModelProto
 from safetensors.numpy import save as to_safetensors
+from targets import TARGETS
 from torch import nn
 
 from ticketkit import exporters, models
@@ -61,7 +62,7 @@ def stored(path: Path, source: Path | ModelProto, target: str = "onnx") -> dict[
 # Every target ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", exporters.names())
+@pytest.mark.parametrize("target", TARGETS)
 def test_every_target_holds_the_network_and_its_zeros(target: str, source: Path, tmp_path: Path) -> None:
     path = tmp_path / f"net{exporters.get(target).SUFFIX}"
     report = export(source, path, format=target)
@@ -76,7 +77,7 @@ def test_every_target_holds_the_network_and_its_zeros(target: str, source: Path,
     assert [p.name for p in tmp_path.iterdir()] == [path.name], "no temporary file may stay"
 
 
-@pytest.mark.parametrize("target", exporters.names())
+@pytest.mark.parametrize("target", TARGETS)
 def test_exports_are_reproducible(target: str, source: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         export(source, tmp_path / name, format=target, check=False)

@@ -159,19 +159,22 @@ def doctor(as_json: bool) -> None:
               help="How weights are stored (formats onnx, onnx-dense): fp16 rounds them, and they are computed in float32.")
 @click.option("--round", type=int, metavar="K", help="Round of a run directory.  [default: the last finished one]")
 @click.option("--input-shape", metavar="C,H,W", callback=_shape, help="Of one image, where SRC leaves it open.")
+@click.option("--model", metavar="NAME", help="Network of a checkpoint: resnet20, resnet50 or any other classifier of torchvision.")
+@click.option("--classes", type=click.IntRange(1), metavar="N", help="Of a checkpoint.  [default: what its head holds]")
 @click.option("--no-check", is_flag=True, help="Do not compare with the original on random inputs.")
 @click.option("--tune", default=10.0, show_default=True, type=click.FloatRange(0, min_open=True), metavar="SECONDS",
               help="At most so long, search how to cut up each sparse layer, then measure the whole against dense (format onnx).")
 @click.option("--no-tune", is_flag=True, help="Neither search nor measure: the file then depends on SRC alone.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report, with the plan of every layer, as JSON.")
 def export(
-    source: str, output: str, target: str, values: str, round: int | None, input_shape: list[int] | None, no_check: bool, tune: float,
-    no_tune: bool, as_json: bool,
+    source: str, output: str, target: str, values: str, round: int | None, input_shape: list[int] | None, model: str | None,
+    classes: int | None, no_check: bool, tune: float, no_tune: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Write SRC as one file, checked against the original.
 
-    SRC is a run directory of `ticketkit find`, a ticket file with weights, or any pruned .onnx file (dense weights with
-    exact zeros, from whatever tool).
+    SRC is a run directory of `ticketkit find`, a ticket file with weights, any pruned .onnx file (dense weights with
+    exact zeros, from whatever tool), or, with --model, a checkpoint: a state dict of torch or safetensors with zeros or
+    masks of torch.nn.utils.prune.
 
     \b
     onnx        small and fast: sparse layers become ai.ticketkit nodes. Runs in any onnxruntime; skips the zeros
@@ -182,6 +185,8 @@ def export(
                 not faster
     csr         the weights alone: values, column indices and row pointers per layer, in safetensors
     bsr         the same in blocks, those the zeros are pruned in: values of a block share an index
+    torch       a program of torch.export (.pt2) with the sparse layers as operators of ticketkit, for torch on processors
+    executorch  a program of ExecuTorch (.pte) for phones, dense, on XNNPACK
     """
     from rich.console import Console
 
@@ -189,8 +194,8 @@ def export(
 
     with Console(stderr=True).status("reading") as status:
         report = write(
-            source, output, format=target, values=values, round=round, input_shape=input_shape, check=not no_check,
-            tune=0.0 if no_tune else tune, progress=lambda layer: status.update(f"tuning {layer}"),
+            source, output, format=target, values=values, round=round, input_shape=input_shape, model=model, classes=classes,
+            check=not no_check, tune=0.0 if no_tune else tune, progress=lambda layer: status.update(f"tuning {layer}"),
         )  # fmt: skip
     click.echo(json.dumps(report.to_dict()) if as_json else str(report))
 

@@ -6,6 +6,10 @@ A target module says in the first line of its docstring what the file is, and ho
                                            as the plan's `values` says lists those it takes in ``VALUES``; fp32 where it has none
     decode(data, network) -> ModelProto    the network the file stands for, its weights compared bit for bit with those of `network`
 
+and, where not onnxruntime but another engine runs the file,
+
+    runners(data, network) -> {engine: runner}    runs the file itself, to be compared with the original; none where the engine is missing
+
 `export` is the public verb: load, lower, round where the values are to be float16, plan, encode, check, and only then write.
 """
 
@@ -13,7 +17,7 @@ from __future__ import annotations
 
 import os
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -24,7 +28,7 @@ from onnx import ModelProto
 from ticketkit import tune as tuning
 from ticketkit.errors import ExportError, FormatError, ModelError, TicketError
 from ticketkit.exporters import _source
-from ticketkit.exporters._check import Comparison, compare, difference, random_inputs
+from ticketkit.exporters._check import Comparison, Runner, compare, difference, random_inputs
 from ticketkit.lower import Network, half, lower, operators
 from ticketkit.lower.storage import nbytes
 from ticketkit.planner import VALUES, Plan, plan
@@ -89,7 +93,7 @@ class ExportReport:
         lines = [
             f"{self.path}: {self.bytes:,} bytes, {self.dense_bytes / self.bytes:.2f}x smaller than dense",
             f"{kept}, whole model {self.plan.model_sparsity:.2%}, {left / max(dense, 1):.1%} of {dense / 1e9:.3g} GFLOP left",
-            *([f"{len(self.plan.sparse)} of {len(self.plan.choices)} layers run sparse"] if self.format == "onnx" else []),
+            *([f"{len(self.plan.sparse)} of {len(self.plan.choices)} layers run sparse"] if self.format in ("onnx", "torch") else []),
             *([f"{self.speedup:.2f}x faster than dense onnxruntime here, one thread"] if self.speedup else []),
             *(f"max |difference| in {c.engine}: {c.difference:.3g} (tolerance {c.tolerance:.3g})" for c in self.comparisons),
         ]
@@ -119,6 +123,9 @@ def export(
     values: str = "fp32",
     round: int | None = None,
     input_shape: Sequence[int] | None = None,
+    example_inputs: _source.Examples | None = None,
+    model: str | None = None,
+    classes: int | None = None,
     check: bool = True,
     tune: float = 0.0,
     progress: Callable[[str], None] | None = None,
@@ -126,13 +133,19 @@ def export(
     """Write a pruned network as one file, checked against the original before it is kept.
 
     Args:
-        source: a run directory of `ticketkit find`, a ticket file with weights, or any dense-with-zeros ONNX file (or its bytes).
+        source: a run directory of `ticketkit find`, a ticket file with weights, any dense-with-zeros ONNX file (or its bytes), a torch
+            module, or a checkpoint file of a known network. A module stays as it is, on its device and in its mode: a copy is captured, in
+            evaluation mode, with masks of torch.nn.utils.prune and parametrizations baked into its weights.
         path: the file to write; an old one is replaced only by a whole, checked new one.
         format: one of `names()`.
         values: "fp32", or "fp16" to store the weights of all layers as float16, rounded to the nearest (ties to even): the file is the
             network with these weights, computed in float32. Biases and everything else stay float32. For formats onnx and onnx-dense.
         round: of a run directory; None: the last finished one.
         input_shape: of one image [C, H, W], or with batch; None: as the source states.
+        example_inputs: of a module: a tensor, or several, by position in a sequence or by keyword in a mapping. Axis 0 becomes a free batch
+            wherever it is as long as that of the first one, if the module can be traced so. Without them `input_shape` says what it takes.
+        model: of a checkpoint: the name of its network, one of `ticketkit.models` or a classification network of torchvision.
+        classes: of a checkpoint: width of its head; None: what it holds.
         check: compare with the original on random inputs (see `ticketkit.exporters._check`).
         tune: seconds to search, on this machine, how each sparse convolution is best cut up (format onnx); the file is then measured
             against dense onnxruntime too, and refused where it is slower. 0: no search, the file depends on the source alone.
@@ -146,8 +159,8 @@ def export(
     target, path = get(format), Path(path)
     _require_values(target, format, values)
     _require_writable(path, source)
-    original = _source.load(source, round, input_shape)
-    exact = lower(original, input_shape)
+    original = _source.load(source, round, input_shape, example_inputs=example_inputs, model=model, classes=classes)
+    exact = lower(original.model, input_shape)
     network, zeros = _rounded(exact, input_shape) if values == "fp16" else (exact, 0)
     chosen, tuned = replace(plan(network), values=values), tune > 0 and format == "onnx"
     if tuned:
@@ -157,7 +170,11 @@ def export(
         exported = target.decode(data, network)
     except (FormatError, ModelError) as error:
         raise ExportError(f"the exported file does not read back: {error}; please report the model") from None
-    comparisons, rounding = _compared(original, exact, network, exported) if check else ((), None)
+    comparisons: tuple[Comparison, ...] = ()
+    moved = None
+    if check:
+        others = target.runners(data, network) if hasattr(target, "runners") else {}
+        comparisons, moved = _compared(original, exact, network, exported, others)
     speedup = tuning.speedup(network.model.SerializeToString(), data, random_inputs(network, 0, 1)) if tuned else None
     if speedup is not None and speedup < SLOWEST:
         raise ExportError(
@@ -168,7 +185,7 @@ def export(
         write_atomic(path, data)
     except TicketError as error:
         raise ExportError(str(error)) from None
-    rounded = Rounding(zeros, rounding) if values == "fp16" else None
+    rounded = Rounding(zeros, moved) if values == "fp16" else None
     return ExportReport(os.fspath(path), format, len(data), nbytes(network.model), chosen, comparisons, speedup, rounded)
 
 
@@ -178,7 +195,7 @@ def examine(source: _source.Source, *, round: int | None = None, input_shape: Se
     Raises:
         ModelError, FormatError, TicketError: the source is missing, damaged or unsupported.
     """
-    original = _source.load(source, round, input_shape)
+    original = _source.load(source, round, input_shape).model
     decoded = operators.decode(original)
     stored = {node.name: decoded[node.output[0]].execution for node in operators.nodes(original)}
     found = plan(lower(original, input_shape), stored or None)
@@ -194,14 +211,14 @@ def _rounded(network: Network, input_shape: Sequence[int] | None) -> tuple[Netwo
 
 
 def _compared(
-    original: ModelProto, exact: Network, network: Network, exported: ModelProto
-) -> tuple[tuple[Comparison, ...], float | None]:  # fmt: skip
+    original: _source.Original, exact: Network, network: Network, exported: ModelProto, others: Mapping[str, Runner]
+) -> tuple[tuple[Comparison, ...], float | None]:
     """Compares export and original; with rounded weights export and rounded network, that network before rounding and the original,
     and gives what rounding did to the outputs."""
     if network is exact:
-        return compare(original, exported, network), None
-    compare(original, exact.model, exact)
-    return compare(network.model, exported, network), difference(original, exported, network)
+        return compare(original.model, exported, network, others={**original.runners, **others}), None
+    compare(original.model, exact.model, exact, others=original.runners)
+    return compare(network.model, exported, network, others=others), difference(original.model, exported, network)
 
 
 def _require_values(target: Target, format: str, values: str) -> None:
@@ -225,5 +242,5 @@ def _require_writable(path: Path, source: _source.Source) -> None:
         raise ExportError(f"{path}: the folder {path.parent} does not exist; make it, or choose another place")
     if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
         raise ExportError(f"{path}: is read-only; choose a writable place")
-    if not isinstance(source, bytes | ModelProto) and path.exists() and Path(source).exists() and path.samefile(source):
+    if isinstance(source, str | os.PathLike) and path.exists() and Path(source).exists() and path.samefile(source):
         raise ExportError(f"{path}: would overwrite the source; choose another name")

@@ -14,8 +14,9 @@ permits it. Nothing in it is tuned; a missing weight or activation shifts the ou
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import onnxruntime
@@ -27,6 +28,8 @@ from ticketkit.lower import Layer, Network, operators, storage
 from ticketkit.lower.cleanup import reason
 from ticketkit.lower.graph import dims
 from ticketkit.runtime import native, ort
+
+Runner: TypeAlias = Callable[[Mapping[str, Array]], Mapping[str, Array]]  # inputs by name -> outputs by name
 
 EPS = float(np.finfo(np.float32).eps)
 TINY = float(np.finfo(np.float64).tiny)
@@ -44,13 +47,17 @@ class Comparison:
     tolerance: float
 
 
-def compare(original: ModelProto, exported: ModelProto, network: Network, seed: int = 0) -> tuple[Comparison, ...]:
+def compare(
+    original: ModelProto, exported: ModelProto, network: Network, seed: int = 0, others: Mapping[str, Runner] | None = None
+) -> tuple[Comparison, ...]:
     """Run both on the same random inputs: the export in stock onnxruntime, and with ticketkit's operators where it has any.
 
     Args:
         original: the model as it came; exported: the model as it would be read from the file.
         network: the lowered original, for the tolerance.
         seed: of inputs and noise.
+        others: whatever else must give the same outputs, by the name of its engine: the file as another engine runs it, or what the
+            original was captured from.
 
     Raises:
         ExportError: a difference beyond the tolerance, outputs that are not finite, or a file that does not run.
@@ -61,10 +68,12 @@ def compare(original: ModelProto, exported: ModelProto, network: Network, seed: 
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise ExportError(f"output {name!r} of the original is NaN or infinite on random input, so the export cannot be checked")
     tolerance = derive_tolerance(network, feeds, expected, seed)
-    sparse = any(operators.nodes(exported)) and _library_exists()
+    runners: dict[str, Runner] = {"onnxruntime": lambda feeds: _run(exported, feeds, "the export in onnxruntime")}
+    if any(operators.nodes(exported)) and library_exists():
+        runners["ticketkit"] = lambda feeds: _run(exported, feeds, "the export in ticketkit", with_library=True)
     found = []
-    for engine in ("onnxruntime", *["ticketkit"] * sparse):
-        got = _run(exported, feeds, f"the export in {engine}", with_library=engine == "ticketkit")
+    for engine, run in {**runners, **(others or {})}.items():
+        got = run(feeds)
         differences = largest_differences(expected, got)
         for name, difference in differences.items():
             if not difference <= tolerance[name]:  # NaN fails too
@@ -158,7 +167,8 @@ def largest_differences(expected: Mapping[str, Array], got: Mapping[str, Array])
     return found
 
 
-def _library_exists() -> bool:
+def library_exists() -> bool:
+    """Whether there is a native library to compare with."""
     try:
         native.library_path()
     except KernelError:  # an export needs only stock onnxruntime; the report says which engines were compared
