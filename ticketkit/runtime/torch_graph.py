@@ -402,8 +402,9 @@ def _expand(x: torch.Tensor, shape: Any) -> torch.Tensor:
 
 
 def _gather(x: torch.Tensor, at: torch.Tensor, axis: int) -> torch.Tensor:
-    found: torch.Tensor = x[(slice(None),) * (axis % x.dim()) + (at.long(),)]
-    return found
+    axis, flat = axis % x.dim(), at.reshape(-1).long()
+    found = x.index_select(axis, (flat < 0) * x.shape[axis] + flat)
+    return found.reshape(*x.shape[:axis], *at.shape, *x.shape[axis + 1 :])
 
 
 def _reduce(a: Attributes, function: Callable[..., torch.Tensor]) -> Step:

@@ -234,10 +234,14 @@ def _run(
     added = None if residual is None else _array("residual", residual)
     run = layer.prepare(_array("x", x), _array("bias", bias), added, minimum=low, maximum=high, out=y.numpy())
     threads = min(torch.get_num_threads(), run.parts) if work * len(x) >= SHARED else 1
-    edges = [run.parts * i // threads for i in range(threads + 1)] if threads > 1 else [0, run.parts]
+    size = layer.workspace_bytes
+    if threads <= 1:
+        run(0, run.parts, _workspace(size))
+        return y
+    edges = [run.parts * i // threads for i in range(threads + 1)]
 
     def work_on(begin: int, end: int) -> None:
-        run(begin, end, _workspace(layer.workspace_bytes))
+        run(begin, end, _workspace(size))
 
     others = [_executor(threads).submit(work_on, *edges[i : i + 2]) for i in range(1, len(edges) - 1)]
     try:
