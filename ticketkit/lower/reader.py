@@ -15,8 +15,8 @@ from onnx import ModelProto, TensorProto, helper, version_converter
 
 from ticketkit.errors import FormatError, ModelError, first_line
 from ticketkit.lower import operators, sparse
-from ticketkit.lower.graph import dims
 from ticketkit.lower.float16 import widen
+from ticketkit.lower.graph import dims
 from ticketkit.lower.storage import skeleton, split
 
 OLDEST = 11  # the first opset whose Clip takes its bounds as inputs, which is how activations are recognised
