@@ -161,7 +161,7 @@ CASES: dict[str, tuple[Callable[[], ModelProto], Change, str]] = {
     "a claim over nothing": (plain, tensor("conv1.weight", lambda t: (claim(BILLION)(t), t.ClearField("raw_data"))), "malformed"),
     "dimensions that overflow": (plain, tensor("conv1.weight", claim(2**32, 2**32, 2**32)), "expected .* bytes for shape"),
     "sparse: a cycle": (sparse, reads("conv1", 0, "relu"), "malformed ONNX"),
-    "sparse: its own residual": (sparse, reads("conv2", 4, "relu"), "malformed ONNX"),
+    "sparse: its own residual": (sparse, reads("down", 4, "relu"), "malformed ONNX"),
     "sparse: no output": (sparse, writes("conv2", []), "malformed ONNX|outputs: expected Y"),
     "sparse: missing values": (sparse, without("conv1.values"), "malformed ONNX"),
     "sparse: missing gaps": (sparse, without("conv1.gaps"), "malformed ONNX"),

@@ -38,7 +38,8 @@ def encode(network: Network, plan: Plan) -> bytes:
             f"no layer would run faster sparse (the sparsest is {most:.0%} zero): prune more, or export with --format onnx-dense;"
             " `ticketkit inspect` gives the reason for each layer"
         )
-    return finish(_sparse(network, {c.name: operators.Execution(c.format, c.tuning) for c in plan.sparse}), network, plan)
+    model = _sparse(network, {c.name: operators.Execution(c.format, c.tuning) for c in plan.sparse})
+    return finish(with_values(model, network, plan))
 
 
 def decode(data: bytes, network: Network) -> ModelProto:
@@ -54,14 +55,15 @@ def decode(data: bytes, network: Network) -> ModelProto:
     return model
 
 
-def finish(model: ModelProto, network: Network, plan: Plan) -> bytes:
-    """Serialize with ticketkit's name and the hash of the model, by which `read` knows damage; weights as the plan says.
-
-    Raises:
-        ExportError: one file cannot hold it.
-    """
+def with_values(model: ModelProto, network: Network, plan: Plan) -> ModelProto:
+    """The model, changed in place, with the values of its weights of the type that the plan says."""
     if plan.values == "fp16":
         half.narrow(model, network.weights | {node.input[1] for node in operators.nodes(model)})
+    return model
+
+
+def finish(model: ModelProto) -> bytes:
+    """Serialize with ticketkit's name and the hash of the model, by which `read` knows damage; ExportError if one file cannot hold it."""
     if (size := nbytes(model)) >= LIMIT:
         raise ExportError(f"the file would have {size:,} bytes, and an ONNX file holds less than {LIMIT:,}: prune more")
     model.producer_name, model.producer_version = "ticketkit", __version__

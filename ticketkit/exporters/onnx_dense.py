@@ -16,7 +16,7 @@ def encode(network: Network, plan: Plan) -> bytes:
     """The bytes of the file; of the plan only the type of values matters to it."""
     model = ModelProto()
     model.CopyFrom(network.model)
-    return sparse_onnx.finish(model, network, plan)
+    return sparse_onnx.finish(sparse_onnx.with_values(model, network, plan))
 
 
 def decode(data: bytes, network: Network) -> ModelProto:

@@ -23,7 +23,7 @@ def encode(network: Network, plan: Plan) -> bytes:
     del model.graph.initializer[:]
     model.graph.initializer.extend(t for name, t in network.graph.constants.items() if name not in smaller)
     model.graph.sparse_initializer.extend(sparse.pack(network.graph.constants[name]) for name in sorted(smaller))
-    return sparse_onnx.finish(model, network, plan)
+    return sparse_onnx.finish(model)
 
 
 def decode(data: bytes, network: Network) -> ModelProto:
