@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import command
 import layers
 import numpy as np
 import onnxruntime
@@ -158,4 +159,4 @@ def dense_samples(name: str, speed: float, reorders: list[tuple[float, float]]) 
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

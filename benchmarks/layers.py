@@ -22,6 +22,7 @@ from math import prod
 from pathlib import Path
 from typing import TypeAlias
 
+import command
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
@@ -327,9 +328,4 @@ def furthest(found: Found, entries: Sequence[Entry], networks: Sequence[str], wa
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except TicketkitError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the rows so far are kept")
+    command.run(main)

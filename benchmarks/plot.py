@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
+
+import command
 
 from ticketkit.errors import DataError, TicketkitError
 
@@ -124,7 +125,4 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except TicketkitError as error:
-        sys.exit(f"error: {error}")
+    command.run(main)

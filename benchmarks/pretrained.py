@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
+import command
+
 from ticketkit import __version__, models, tasks
 from ticketkit.bench import machine
-from ticketkit.errors import TicketkitError
 from ticketkit.pretrain import supervised
 
 
@@ -50,7 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except TicketkitError as error:
-        sys.exit(f"error: {error}")
+    command.run(main)

@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import command
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
 from ticketkit import InferenceSession, __version__, export, tasks
 from ticketkit.bench import machine
-from ticketkit.errors import ExportError, TicketkitError
+from ticketkit.errors import ExportError
 from ticketkit.search.rundir import RunDir
 
 HERE = Path(__file__).resolve().parent
@@ -98,7 +98,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except TicketkitError as error:
-        sys.exit(f"error: {error}")
+    command.run(main)

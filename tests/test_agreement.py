@@ -15,7 +15,7 @@ from onnx import ModelProto, numpy_helper
 from ticketkit import masks
 from ticketkit.exporters import onnx as target
 from ticketkit.inputs import ImageRule, read_input
-from ticketkit.lower import half, lower, read
+from ticketkit.lower import half_weights, lower, read
 from ticketkit.lower.operators import Execution
 from ticketkit.planner import plan
 
@@ -78,7 +78,7 @@ def test_top_1_on_photographs(level: float, values: str, pretrained: tuple[Model
     network, feeds = lower(read(model.SerializeToString())), {"input": images}
     exact = run(model, feeds)[0]
     if values == "fp16":
-        half.round_weights(rounded := ModelProto.FromString(network.model.SerializeToString()), network.weights)
+        half_weights.round_weights(rounded := ModelProto.FromString(network.model.SerializeToString()), network.weights)
         network = lower(rounded)
     reference = run(network.model, feeds)[0]
     keep = {layer.name: Execution() for layer in network.layers if not layer.obstacle and layer.op == "Conv" and layer.sparsity > 0}

@@ -17,6 +17,7 @@ DEPLOY, TORCH = {"numpy"}, {"numpy", "torch", "torchvision", "lightning_fabric",
 # room -> (rooms it may import, packages it may import); what a function imports lazily counts too, but for type checking
 ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
+    "quiet": (set(), set()),
     "masks": ({"errors"}, DEPLOY),
     "ticket": ({"errors", "masks"}, DEPLOY | {"safetensors"}),
     "formats": ({"errors"}, DEPLOY),
@@ -31,7 +32,7 @@ ROOMS["exporters"] = ({*ROOMS, "exporters"}, DEPLOY | {"onnx", "onnxruntime", "s
 ROOMS["session"] = ({*ROOMS}, DEPLOY | {"onnx", "onnxruntime"})
 ROOMS["bench"] = ({*ROOMS}, DEPLOY | {"onnx", "onnxruntime", "openvino", "psutil", "rich", "torch"})
 ROOMS["doctor"] = ({*ROOMS}, {"rich", "psutil"})
-BELOW_TORCH = {"errors", "masks", "ticket"}
+BELOW_TORCH = {"errors", "quiet", "masks", "ticket"}
 ROOMS["models"] = (BELOW_TORCH, TORCH)
 ROOMS["pretrain"] = (BELOW_TORCH | {"models"}, TORCH)
 ROOMS["tasks"] = (BELOW_TORCH | {"models", "pretrain"}, TORCH | {"sklearn", "PIL"})
@@ -44,6 +45,7 @@ VERBS_ONLY = {("exporters", "search"), ("exporters", "capture")}  # `export` of 
 MORE = {  # file -> packages that it may use beside those of its room
     "runtime/torch_op.py": {"torch"},
     "runtime/torch_graph.py": {"torch", "onnx"},
+    "runtime/torch_operators.py": {"torch", "onnx"},
     "exporters/_torch.py": {"torch"},
     "exporters/torch.py": {"torch"},
     "exporters/executorch.py": {"torch", "executorch"},

@@ -11,6 +11,7 @@ from ticketkit.errors import ModelError
 torch = pytest.importorskip("torch")
 
 from ticketkit.runtime.torch_graph import as_module  # noqa: E402
+from ticketkit.runtime.torch_operators import ON_NUMBERS, makers  # noqa: E402
 
 rng = np.random.default_rng(5)
 
@@ -126,10 +127,8 @@ def test_an_operator_is_rebuilt(tmp_path, op, attributes, operands, opset):
 
 
 def test_every_operator_of_the_table_has_a_case():
-    from ticketkit.runtime.torch_graph import _makers
-
     tested_below = {"Gemm", "Cast", "Split", "Sqrt"}
-    assert set(_makers()) == {case[0] for case in CASES} | tested_below
+    assert set(makers()) == {case[0] for case in CASES} | tested_below
 
 
 @pytest.mark.parametrize("gemm", [{"transB": 1}, {"transB": 1, "alpha": 0.5, "beta": 2.0}])
@@ -184,8 +183,6 @@ def test_splits_are_rebuilt(tmp_path, split):
 
 def test_arithmetic_on_shapes(tmp_path):
     """Numbers, not tensors: each operator that computes with shapes is there, and gives what onnxruntime gives."""
-    from ticketkit.runtime.torch_graph import _ON_NUMBERS
-
     constants = {"one": ints(1), "two": ints(2), "zero": ints(0), "scalar": np.array(2), "shape": ints(1), "pair": ints(-1, 1)}
     nodes = [
         helper.make_node("Shape", ["x"], ["s"]),  # 2, 6, 9, 8
@@ -203,7 +200,7 @@ def test_arithmetic_on_shapes(tmp_path):
         helper.make_node("Concat", ["head", "j", "pair"], ["t"], axis=0),
         helper.make_node("Reshape", ["x", "t"], ["y"]),
     ]
-    assert {n.op_type for n in nodes} == set(_ON_NUMBERS)
+    assert {n.op_type for n in nodes} == set(ON_NUMBERS)
     expected, eager, traced = both(save(tmp_path / "shape.onnx", nodes, constants, 17))
     assert eager.shape == traced.shape == expected.shape == (2, 6, 9, 8, 1)
     np.testing.assert_array_equal(eager, expected)

@@ -16,6 +16,7 @@ pytest.importorskip("openvino")
 pytest.importorskip("ticketkit.runtime.native").isas()
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import networks  # noqa: E402
 import zoo  # noqa: E402
 
 from ticketkit.errors import DataError  # noqa: E402
@@ -26,14 +27,14 @@ SMALL = "squeezenet1_1"
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setitem(zoo.SIDES, SMALL, 64)
+    monkeypatch.setitem(networks.SIDES, SMALL, 64)
 
 
 def test_the_table_is_wide():
-    networks = sum(zoo.TASKS.values(), ())
-    assert len(networks) == len({*networks}) and len(networks) >= 25
-    assert len([name for name in networks if name.startswith("timm/")]) >= 10
-    assert {zoo.task_of(name) for name in networks} == {*zoo.TASKS}
+    names = sum(networks.TASKS.values(), ())
+    assert len(names) == len({*names}) and len(names) >= 25
+    assert len([name for name in names if name.startswith("timm/")]) >= 10
+    assert {networks.task_of(name) for name in names} == {*networks.TASKS}
     with pytest.raises(DataError, match="lenet: not in the table"):
         zoo.blank("lenet", "dynamo", 0.9)
 
@@ -48,10 +49,10 @@ def transformer():
 @pytest.mark.parametrize("network", ["shufflenet_v2_x1_0", "vit_b_16"])
 def test_what_is_pruned(network, monkeypatch):
     if network == "vit_b_16":
-        monkeypatch.setattr(zoo, "_make", lambda name: transformer())
-    module = zoo.build(network)
+        monkeypatch.setattr(networks, "_make", lambda name: transformer())
+    module = networks.build(network)
     before = {name: weight.numpy().copy() for name, weight in weights(module).items()}
-    count = zoo.prune(module, 0.9)
+    count = networks.prune(module, 0.9)
     after = {name: weight.numpy() for name, weight in weights(module).items()}
     first, *body, last = before
     dense = {first, last}
@@ -64,11 +65,11 @@ def test_what_is_pruned(network, monkeypatch):
     assert all(np.abs(before[name][after[name] == 0]).max(initial=0) <= threshold for name in body), "by magnitude, over all layers"
 
 
-@pytest.mark.parametrize("exporter", zoo.EXPORTERS)
+@pytest.mark.parametrize("exporter", networks.EXPORTERS)
 def test_a_row_holds_what_it_says(exporter, small):
     row = zoo.measure(zoo.blank(SMALL, exporter, 0.95), None)
     assert row.error is None and row.task == "classification" and row.image == 64
-    assert row.layers == 26 and row.opset == zoo.EXPORTERS[exporter]
+    assert row.layers == 26 and row.opset == networks.EXPORTERS[exporter]
     assert {*row.checker.values()} == {"passes"}
     assert {*row.differences} >= {"onnxruntime", "openvino"}
     for engine, tolerance in row.tolerances.items():

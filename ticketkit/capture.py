@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
-import io
-import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +22,7 @@ from torchvision import models as zoo
 
 from ticketkit import models
 from ticketkit.errors import ModelError, TicketError, first_line
+from ticketkit.quiet import quiet
 from ticketkit.ticket import Ticket, split_pruned
 
 Array: TypeAlias = NDArray[Any]
@@ -287,7 +285,7 @@ def _export(module: nn.Module, examples: _Examples, free: dict[str, Any] | None,
     """The module as ONNX, with the names of `trace`; ModelError if it cannot be traced."""
     names = ["input" if i == 0 else f"input_{i}" for i in range(len(examples.args))]
     try:
-        with _quiet():
+        with quiet():
             program = torch.onnx.export(
                 module, examples.args, kwargs=examples.kwargs or None, dynamo=True, verbose=False, opset_version=opset,
                 input_names=names or None, dynamic_shapes=free,
@@ -317,16 +315,3 @@ def _tidy(model: ModelProto) -> ModelProto:
     del model.graph.value_info[:]
     onnx.checker.check_model(model)
     return model
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what the exporter prints, warns and logs about its own progress."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

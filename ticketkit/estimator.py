@@ -209,6 +209,7 @@ def _scattered(densities: Callable[[Shapes, float], Densities]) -> Callable[[mas
     """The distribution with these densities; zeros lie anywhere in a layer, and those of less sparsity are among those of more."""
 
     def distribution(weights: masks.Weights, sparsity: float, block: Block) -> dict[str, Mask]:
+        """Masks by layer, bool of each weight's shape, that keep as many of it as its density says, whole blocks of them."""
         generator = np.random.Generator(np.random.Philox(0))
         found: dict[str, Mask] = {}
         for kept, (name, weight) in zip(_kept(weights, densities, sparsity), weights.items(), strict=True):

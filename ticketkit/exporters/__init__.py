@@ -29,7 +29,7 @@ from ticketkit import tune as tuning
 from ticketkit.errors import ExportError, FormatError, ModelError, TicketError
 from ticketkit.exporters import _source
 from ticketkit.exporters._check import Comparison, Runner, compare, difference, random_inputs
-from ticketkit.lower import Network, half, lower, operators
+from ticketkit.lower import Network, half_weights, lower, operators
 from ticketkit.lower.storage import nbytes
 from ticketkit.planner import VALUES, Plan, plan
 from ticketkit.ticket import write_atomic
@@ -199,14 +199,14 @@ def examine(source: _source.Source, *, round: int | None = None, input_shape: Se
     decoded = operators.decode(original)
     stored = {node.name: decoded[node.output[0]].execution for node in operators.nodes(original)}
     found = plan(lower(original, input_shape), stored or None)
-    return replace(found, values="fp16") if stored and half.is_narrow(original) else found
+    return replace(found, values="fp16") if stored and half_weights.is_narrow(original) else found
 
 
 def _rounded(network: Network, input_shape: Sequence[int] | None) -> tuple[Network, int]:
     """The network with the weights of its layers rounded to float16, and how many of them became zero."""
     model = ModelProto()
     model.CopyFrom(network.model)
-    zeros = half.round_weights(model, network.weights)
+    zeros = half_weights.round_weights(model, network.weights)
     return lower(model, input_shape), zeros
 
 

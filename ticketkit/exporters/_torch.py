@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import re
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ticketkit.errors import ExportError, first_line
+from ticketkit.quiet import quiet
 from ticketkit.runtime.torch_graph import Program
 
 if TYPE_CHECKING:
@@ -77,16 +74,3 @@ def trace(module: torch.nn.Module, examples: Sequence[torch.Tensor], free: Seque
             return torch.export.export(module, tuple(examples), dynamic_shapes={"inputs": tuple(free)})
     except Exception as error:  # whatever torch's passes raise
         raise ExportError(f"torch.export cannot trace the network: {first_line(error)}; try another --format") from None
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence what exporters print, warn and log about their own progress."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

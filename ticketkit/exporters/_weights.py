@@ -31,6 +31,7 @@ from ticketkit.errors import ExportError, FormatError
 from ticketkit.exporters._check import require_equal
 from ticketkit.formats import Array, finite
 from ticketkit.lower import Layer, Network
+from ticketkit.planner import Plan
 
 FORMAT = 1
 WINDOW = ("strides", "pads", "dilations")
@@ -97,8 +98,8 @@ class Kind:
         """Of the metadata."""
         return f"ticketkit.{self.format}"
 
-    def encode(self, network: Network) -> bytes:
-        """The bytes of the file: every layer of the network.
+    def encode(self, network: Network, plan: Plan) -> bytes:
+        """The bytes of the file: every layer of the network, whatever the plan chose for speed.
 
         Raises:
             ExportError: the network has no layers.

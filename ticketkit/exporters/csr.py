@@ -7,28 +7,8 @@ For each layer NAME stored sparse: ``NAME.values`` f32 [nnz], ``NAME.col_indices
 
 from __future__ import annotations
 
-import os
-
-from onnx import ModelProto
-
-from ticketkit.exporters._weights import Kind, Weights
-from ticketkit.lower import Network
-from ticketkit.planner import Plan
+from ticketkit.exporters._weights import Kind
 
 SUFFIX = ".safetensors"
 KIND = Kind("csr")
-
-
-def encode(network: Network, plan: Plan) -> bytes:
-    """The bytes of the file: every layer of the network, whatever the plan chose for speed; ExportError if there is none."""
-    return KIND.encode(network)
-
-
-def decode(data: bytes, network: Network) -> ModelProto:
-    """The network with the weights of the file put back, to compare with the original; ExportError if they are other ones."""
-    return KIND.decode(data, network)
-
-
-def load(source: str | os.PathLike[str] | bytes) -> dict[str, Weights]:
-    """The layers of a file by name, in execution order; FormatError, naming the field, for a file that is missing, damaged or newer."""
-    return KIND.load(source)
+encode, decode, load = KIND.encode, KIND.decode, KIND.load

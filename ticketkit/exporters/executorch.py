@@ -24,10 +24,11 @@ from onnx import ModelProto
 
 from ticketkit.errors import ExportError, FormatError, first_line
 from ticketkit.exporters._check import Runner, random_inputs
-from ticketkit.exporters._torch import as_module, quiet, require_torch, trace
+from ticketkit.exporters._torch import as_module, require_torch, trace
 from ticketkit.formats import Array
 from ticketkit.lower import Network
 from ticketkit.planner import Plan
+from ticketkit.quiet import quiet
 from ticketkit.runtime import torch_graph
 
 SUFFIX = ".pte"

@@ -14,7 +14,7 @@ from ticketkit import __version__
 from ticketkit.errors import ExportError
 from ticketkit.exporters._check import require_equal
 from ticketkit.formats import Array, gaps
-from ticketkit.lower import Fused, Graph, Network, half, operators, read
+from ticketkit.lower import Fused, Graph, Network, half_weights, operators, read
 from ticketkit.lower.around import around
 from ticketkit.lower.layouts import layouts
 from ticketkit.lower.reader import digest, opset
@@ -45,20 +45,20 @@ def encode(network: Network, plan: Plan) -> bytes:
 def decode(data: bytes, network: Network) -> ModelProto:
     """The network the file stands for; checks the file, and raises ExportError if a weight or bias of a layer is not the network's."""
     model = read(data)
-    stored, constants = operators.decode(model), half.constants(model)
+    stored, constants = operators.decode(model), half_weights.constants(model)
     layers = {layer.name: layer for layer in network.layers}
     for node in operators.nodes(model):
         require_equal(f"{node.name}.weight", stored[node.output[0]].weight(), layers[node.name].weight)
-        require_equal(f"{node.name}.bias", half.array(node.input[3], constants), layers[node.name].bias)
+        require_equal(f"{node.name}.bias", half_weights.array(node.input[3], constants), layers[node.name].bias)
     for name in sorted(constants.keys() & network.weights):
-        require_equal(name, half.array(name, constants), network.graph.constant(name))
+        require_equal(name, half_weights.array(name, constants), network.graph.constant(name))
     return model
 
 
 def with_values(model: ModelProto, network: Network, plan: Plan) -> ModelProto:
     """The model, changed in place, with the values of its weights of the type that the plan says."""
     if plan.values == "fp16":
-        half.narrow(model, network.weights | {node.input[1] for node in operators.nodes(model)})
+        half_weights.narrow(model, network.weights | {node.input[1] for node in operators.nodes(model)})
     return model
 
 

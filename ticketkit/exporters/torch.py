@@ -24,12 +24,14 @@ from ticketkit import __version__
 from ticketkit.errors import FormatError, first_line
 from ticketkit.exporters import onnx as sparse_onnx
 from ticketkit.exporters._check import Runner, library_exists, random_inputs, require_equal
-from ticketkit.exporters._torch import as_module, quiet, require_torch, trace
+from ticketkit.exporters._torch import as_module, require_torch, trace
 from ticketkit.formats import Array, gaps
 from ticketkit.lower import Network, operators, read
 from ticketkit.lower.graph import dims
 from ticketkit.planner import Plan
+from ticketkit.quiet import quiet
 from ticketkit.runtime import torch_graph
+from ticketkit.runtime.torch_operators import Step
 
 if TYPE_CHECKING:
     import torch
@@ -132,7 +134,7 @@ def _examples(network: Network) -> tuple[list[torch.Tensor], list[dict[int, Any]
     return [torch.from_numpy(array) for array in random_inputs(network).values()], free
 
 
-def _step(sparse: operators.Sparse) -> torch_graph.Step:
+def _step(sparse: operators.Sparse) -> Step:
     """A node of ours as a torch operator: x, values, gaps, bias, residual? -> y."""
     from ticketkit.runtime import torch_op
 

@@ -3,7 +3,7 @@
     SparseConv(X [N,C,H,W], values [n], gaps u16 [n], B [M], Z? [N,M,OH,OW]) -> Y [N,M,OH,OW] = act(conv(X, W) + B (+ Z))
     SparseGemm(X [N,K],     values [n], gaps u16 [n], B [M])                 -> Y [N,M]       = act(X Wᵀ + B)
 
-Everything else is float32; a file may store values as float16 behind a Cast (`ticketkit.lower.half`). Attributes: ``weight_shape``
+Everything else is float32; a file may store values as float16 behind a Cast (`ticketkit.lower.half_weights`). Attributes: ``weight_shape``
 [M,C,kh,kw] or [M,K], ``numel`` [its product, below 2^29], ``activation`` "None", "Relu" or "Clip" (then ``min`` and
 ``max``), and for SparseConv ``strides`` [2], ``pads`` [top, left, bottom, right], ``dilations`` [2] and ``group``, 1 (also where it is
 absent, as in older files) or C for a depthwise W [C,1,kh,kw]. W is gap-coded (`ticketkit.formats.gaps`). How a library should run it is
@@ -34,7 +34,7 @@ from onnx import AttributeProto, FunctionProto, ModelProto, NodeProto, helper, n
 
 from ticketkit.errors import FormatError, ModelError
 from ticketkit.formats import MOST, Array, finite, gaps
-from ticketkit.lower import half
+from ticketkit.lower import half_weights
 from ticketkit.lower.graph import Graph
 
 DOMAIN = "ai.ticketkit"
@@ -172,7 +172,7 @@ def decode(model: ModelProto) -> dict[str, Sparse]:
     Raises:
         FormatError: an attribute or array of a node is missing or out of range; the message names node and field.
     """
-    constants = half.constants(model)
+    constants = half_weights.constants(model)
     found = {}
     for node in nodes(model):
         try:
@@ -199,7 +199,7 @@ def expand(model: ModelProto) -> ModelProto:
     del plain.graph.node[:], plain.functions[:]
     for node in model.graph.node:
         plain.graph.node.extend(_expanded(node, decoded[node.output[0]], plain) if node.domain == DOMAIN else [node])
-    half.widen(plain)
+    half_weights.widen(plain)
     drop_unused(plain)
     foreign = [entry for entry in plain.metadata_props if entry.key not in OWN]
     del plain.metadata_props[:]
@@ -299,7 +299,7 @@ def _expanded(node: NodeProto, sparse: Sparse, model: ModelProto) -> list[NodePr
 def _array(field: str, name: str, constants: dict[str, onnx.TensorProto]) -> Array:
     if name not in constants:
         raise FormatError(f"{field}: expected an initializer, but {name!r} is none")
-    return half.array(name, constants)
+    return half_weights.array(name, constants)
 
 
 def _constant(output: str, key: str, attribute: str, kind: int) -> NodeProto:

@@ -15,8 +15,8 @@ from onnx import ModelProto, TensorProto, helper, version_converter
 
 from ticketkit.errors import FormatError, ModelError, first_line
 from ticketkit.lower import operators, sparse
-from ticketkit.lower.float16 import widen
 from ticketkit.lower.graph import dims
+from ticketkit.lower.half_networks import widen
 from ticketkit.lower.storage import skeleton, split
 
 OLDEST = 11  # the first opset whose Clip takes its bounds as inputs, which is how activations are recognised
@@ -25,7 +25,7 @@ SUB_BYTE = ("INT2", "INT4", "FLOAT4E2M1")  # element types that share bytes
 
 
 def read(source: str | os.PathLike[str] | bytes | ModelProto) -> ModelProto:
-    """A checked ONNX model, external data included, at opset 12 or newer, computing in float32 (`ticketkit.lower.float16`), without
+    """A checked ONNX model, external data included, at opset 12 or newer, computing in float32 (`ticketkit.lower.half_networks`), without
     sparse initializers: they are made dense.
 
     Args:

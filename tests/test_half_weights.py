@@ -17,7 +17,7 @@ from ticketkit.bench.subject import Subject
 from ticketkit.errors import ExportError, FormatError, ModelError
 from ticketkit.exporters import examine, export, onnx_dense
 from ticketkit.exporters import onnx as sparse_onnx
-from ticketkit.lower import Network, half, lower, operators, read
+from ticketkit.lower import Network, half_weights, lower, operators, read
 from ticketkit.planner import plan
 from ticketkit.runtime import ort
 from ticketkit.session import InferenceSession
@@ -30,7 +30,7 @@ def rounded(model: ModelProto) -> ModelProto:
     """The lowered network with rounded weights, float32: what a file stands for."""
     network, made = lower(read(model.SerializeToString())), ModelProto()
     made.CopyFrom(network.model)
-    half.round_weights(made, network.weights)
+    half_weights.round_weights(made, network.weights)
     return made
 
 
@@ -53,10 +53,10 @@ def test_rounding_is_to_the_nearest_and_to_even() -> None:
     weight = np.array([*ROUNDED], np.float32)
     assert weight.tolist() == [*ROUNDED], "the numbers are float32"
     model = small(weight.reshape(1, -1, 1, 1))
-    assert half.round_weights(model, {"c.weight"}) == 3
+    assert half_weights.round_weights(model, {"c.weight"}) == 3
     np.testing.assert_array_equal(weights(model)["c.weight"].ravel(), [*ROUNDED.values()])
     assert weights(model)["c.weight"].dtype == np.float32
-    assert half.round_weights(model, {"c.weight"}) == 0, "rounded once is rounded for good"
+    assert half_weights.round_weights(model, {"c.weight"}) == 0, "rounded once is rounded for good"
 
 
 @pytest.mark.parametrize("value", [65504.01, 65520.0, -1e30])
@@ -73,7 +73,7 @@ def test_every_float16_comes_back_to_the_bit() -> None:
     every = np.arange(2**16, dtype=np.uint16).view(np.float16)
     every = every[np.isfinite(every)].astype(np.float32)
     model = graph([node("MatMul", "x w", "y")], {"x": [1, 1]}, ["y"], {"w": every[None]})
-    half.narrow(model, {"w"})
+    half_weights.narrow(model, {"w"})
     assert [t.data_type for t in model.graph.initializer] == [TensorProto.FLOAT16]
     np.testing.assert_array_equal(run(model, {"x": np.ones((1, 1), np.float32)})[0].ravel(), every)
 
@@ -84,13 +84,14 @@ def test_narrow_loses_nothing_and_widen_undoes_it() -> None:
     nodes = [node("Add", f"{x} {w}", y) for x, w, y in zip(["x", *"abc"], constants, "abcy", strict=True)]
     model = graph(nodes, {"x": [4, 4]}, ["y"], constants)
     before = model.SerializeToString()
-    half.narrow(model, {"exact", "inexact", "large"})
+    half_weights.narrow(model, {"exact", "inexact", "large"})
     onnx.checker.check_model(model)
-    assert {t.name for t in model.graph.initializer if t.data_type == TensorProto.FLOAT16} == {"exact.fp16"} and half.is_narrow(model)
+    assert half_weights.is_narrow(model)
+    assert {t.name for t in model.graph.initializer if t.data_type == TensorProto.FLOAT16} == {"exact.fp16"}
     np.testing.assert_array_equal(run(model, {"x": X[0, 0, :4, :4]})[0], run(before, {"x": X[0, 0, :4, :4]})[0])
-    half.widen(model)
+    half_weights.widen(model)
     operators.drop_unused(model)
-    assert not half.is_narrow(model) and [n.op_type for n in model.graph.node] == ["Add"] * 4
+    assert not half_weights.is_narrow(model) and [n.op_type for n in model.graph.node] == ["Add"] * 4
     for name, array in constants.items():
         np.testing.assert_array_equal(weights(model)[name], array)
 
@@ -173,7 +174,7 @@ def test_a_float16_file_is_a_source_too(source: Path, tmp_path: Path) -> None:
     stored = [lower(read(tmp_path / f"{name}.onnx")).layers for name in ("half", "full", "dense", "again")]
     for one in zip(*stored, strict=True):
         assert len({layer.name for layer in one}) == 1 and all(np.array_equal(one[0].weight, other.weight) for other in one)
-    assert not half.is_narrow(read(tmp_path / "full.onnx"))
+    assert not half_weights.is_narrow(read(tmp_path / "full.onnx"))
 
 
 # Runtimes --------------------------------------------------------------------------------------------------------------------
