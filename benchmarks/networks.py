@@ -54,10 +54,8 @@ def build(network: str, seed: int = 0) -> nn.Module:
 
 
 def prune(module: nn.Module, sparsity: float) -> int:
-    """Sets the prunable weights of least magnitude to zero, by the rule of `ticketkit.estimator`; their number before."""
-    found = weights(module)
-    names = [name for name, weight in found.items() if weight.dim() > 2][1:] or list(found)[1:-1]
-    arrays = {name: found[name].numpy() for name in names}  # of the same memory
+    """Sets the weights of least magnitude to zero, of all layers but the first and the last together; their number before."""
+    arrays = {name: weight.numpy() for name, weight in list(weights(module).items())[1:-1]}  # of the same memory
     for name, mask in masks.global_magnitude(arrays, masks.full(arrays), sparsity).items():
         arrays[name][~mask] = 0
     return sum(array.size for array in arrays.values())

@@ -6,10 +6,10 @@
     python benchmarks/zoo.py --resume                               go on where a run of this commit was stopped
     python benchmarks/zoo.py --list                                 the networks
 
-A network has random weights (He-initialised, BatchNorm with statistics of its own), pruned by global magnitude: every convolution but the
-first, or, in networks that have only one, every layer but the first and the last. Each row comes from a process of its own, so that one
-that dies is a row too. Rows are appended to results/zoo.jsonl; Ctrl-C keeps them. Their fields are documented at `Row`. Needs the extras
-`find` and `bench`, and, for networks named timm/…, timm.
+A network has random weights (He-initialised, BatchNorm with statistics of its own), pruned by global magnitude: every convolution and
+linear layer but the first and the last. Each row comes from a process of its own, so that one that dies is a row too. Rows are appended to
+results/zoo.jsonl; Ctrl-C keeps them. Their fields are documented at `Row`. Needs the extras `find` and `bench`, and, for networks named
+timm/…, timm.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def test_a_row_holds_what_it_says(exporter, small):
     for engine, tolerance in row.tolerances.items():
         assert 0 <= row.differences[engine] <= tolerance < 1e-2 * row.scale
     assert row.differences["openvino"] < 1e-3 * row.scale
-    assert row.sparse_layers and row.file_ratio == row.bytes["dense"] / row.bytes["sparse"] > 5
+    assert row.sparse_layers and row.file_ratio == row.bytes["dense"] / row.bytes["sparse"] > 2  # two fifths of the weights are the head's
     assert row.flops_left < 0.5 * row.flops_dense and row.speedup is None and not row.p50_ms
     assert {"build", "torch", "onnx-dense", "onnx", "checker", "compare", "openvino"} <= {*row.seconds}
 
