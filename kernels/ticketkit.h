@@ -130,6 +130,9 @@ TK_API tk_status tk_conv2d_pack(const tk_conv2d* shape, const tk_csr* weight, tk
 TK_API tk_status tk_gemm_packed_bytes(const tk_csr* weight, tk_format format, int32_t isa, size_t* packed_bytes);
 TK_API tk_status tk_gemm_pack(const tk_csr* weight, tk_format format, int32_t isa, void* packed, size_t packed_bytes);
 
+// What is applied to an output z once it is clipped: nothing; z or slope * z where z < 0; z * min(max(z / 6 + 1 / 2, 0), 1); z / (1 + exp(-z)).
+typedef enum tk_activation { TK_IDENTITY = 0, TK_LEAKY_RELU = 1, TK_HARD_SWISH = 2, TK_SILU = 3 } tk_activation;
+
 // What one run reads and writes. x: [batch, in_channels, in_h, in_w] or [batch, cols]; y and residual: [batch, out_channels, out_h,
 // out_w] or [batch, rows], each image in the shape's layout; bias: [out_channels] or [rows]. bias and residual may be null (zero). y may equal residual and overlaps
 // nothing else. The result is clipped to [min, max], min <= max: -INFINITY and INFINITY for none, 0 and INFINITY for ReLU. NaN stays NaN.
@@ -141,6 +144,8 @@ typedef struct tk_args {
   const float* residual;
   float* y;
   float min, max;
+  tk_activation activation;
+  float slope;  // of TK_LEAKY_RELU
 } tk_args;
 
 // The work of one run is tk_parts() independent parts. Neighbouring parts share set-up, so give each thread one contiguous range.

@@ -31,7 +31,7 @@ def model(seed: int = 0) -> onnx.ModelProto:
     initializers, nodes = [], []
     for name, w, x, y, window_of, epilogue in (
         ("first", weight(OUT, CHANNELS, 3, 3), "x", "a", window, operators.Epilogue("", "Relu")),
-        ("second", weight(OUT, OUT, 3, 3), "a", "b", window, operators.Epilogue("a", "Clip", -1.0, 1.0)),
+        ("second", weight(OUT, OUT, 3, 3), "a", "b", window, operators.Epilogue("a", "Clip", (-1.0, 1.0))),
         ("head", weight(4, OUT * SIZE * SIZE), "flat", "y", {}, operators.Epilogue()),
     ):
         parts = {**gaps.pack(w), "bias": rng.standard_normal(len(w)).astype(np.float32)}

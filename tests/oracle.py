@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
 Exact = NDArray[np.float64]
 EPS = float(np.finfo(np.float32).eps)
+ACTIVATIONS: dict[str, Callable[[Exact, float], Exact]] = {  # name in `native` -> function of z, slope; in order of tk_activation
+    "identity": lambda z, _: z,
+    "leaky_relu": lambda z, slope: np.where(z < 0, slope * z, z),
+    "hard_swish": lambda z, _: z * np.clip(z / 6 + 0.5, 0, 1),
+    "silu": lambda z, _: z / (1 + np.exp(np.minimum(-z, 700.0))),
+}
 
 
 def conv2d(

@@ -45,7 +45,7 @@ std::vector<float> reordered(const float* images, int64_t batch, int64_t channel
 
 struct Case {
   const int64_t* head = take<int64_t>(20);
-  const float* limits = take<float>(3);
+  const float* limits = take<float>(5);
   bool conv = head[0] != 1, depthwise = head[0] == 2;
   int64_t rows = conv ? head[5] : head[2], nnz = head[17], y_count = head[19];
   const float* x = take<float>(head[18]);
@@ -77,7 +77,7 @@ struct Case {
     if (status != TK_OK) return INFINITY;
     void* const workspace = aligned(tk_workspace_bytes(packed));
     std::vector<float> y(static_cast<size_t>(y_count), NAN), x_tiles, z_tiles;
-    tk_args args = {head[1], x, bias, residual, y.data(), limits[1], limits[2]};
+    tk_args args = {head[1], x, bias, residual, y.data(), limits[1], limits[2], static_cast<tk_activation>(limits[3]), limits[4]};
     const int64_t pixels = shape.in_h * shape.in_w, y_pixels = y_count / (head[1] * rows);
     const int64_t x_tile = tk_tile_pixels(layout, pixels, isa), y_tile = tk_tile_pixels(layout, y_pixels, isa);
     if (layout != TK_PLANES) {

@@ -1,8 +1,8 @@
 """Writes kernel cases, each with the oracle's answer, for replay.cc: so kernels are checked on processors where Python does not run.
 
 One case: int64 [20] (kind 0 conv2d / 1 gemm / 2 depthwise, batch, the 15 numbers of tk_conv2d before its layouts or rows and cols, nnz,
-x count, y count), float32 tolerance, min, max, then x, values, bias, residual, expected (float32), col_indices (int32), row_ptr (int64),
-padded to 8 bytes each.
+x count, y count), float32 tolerance, min, max, activation, slope, then x, values, bias, residual, expected (float32), col_indices (int32),
+row_ptr (int64), padded to 8 bytes each.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ import oracle
 
 from ticketkit.formats import csr
 from ticketkit.runtime.native import ConvShape
+
+CLIP = (-2.0, 3.0)
+SLOPE = 0.2
+STEEPEST = 1.5  # slope of an activation: HardSwish at 3
 
 
 def cases(count: int) -> list[list[np.ndarray]]:
@@ -39,7 +43,7 @@ def _conv(rng: np.random.Generator, depthwise: bool = False) -> list[np.ndarray]
     residual = rng.standard_normal((batch, m, shape.out_h, shape.out_w)).astype(np.float32)
     bias = rng.standard_normal(m).astype(np.float32)
     y = oracle.conv2d(
-        x, weight, bias, residual, clip=(0.0, 3.0), strides=tuple(stride), pads=tuple(pads), dilations=tuple(dilation), groups=groups
+        x, weight, bias, residual, clip=CLIP, strides=tuple(stride), pads=tuple(pads), dilations=tuple(dilation), groups=groups
     )
     return _case([2 if depthwise else 0, batch, *astuple(shape)[:15]], weight, x, bias, residual, y)
 
@@ -48,7 +52,7 @@ def _gemm(rng: np.random.Generator) -> list[np.ndarray]:
     m, k, batch = (int(rng.integers(1, high)) for high in (60, 900, 100))
     weight, x = _sparse(rng, m, k), rng.standard_normal((batch, k)).astype(np.float32)
     bias, residual = rng.standard_normal(m).astype(np.float32), rng.standard_normal((batch, m)).astype(np.float32)
-    y = oracle.gemm(x, weight, bias, residual, clip=(0.0, 3.0))
+    y = oracle.gemm(x, weight, bias, residual, clip=CLIP)
     return _case([1, batch, m, k, *[0] * 13], weight, x, bias, residual, y)
 
 
@@ -58,7 +62,9 @@ def _sparse(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 def _case(head: list[int], weight: np.ndarray, x: np.ndarray, bias: np.ndarray, residual: np.ndarray, y: np.ndarray) -> list[np.ndarray]:
     parts = csr.pack(weight)
-    floats = np.array([oracle.tolerance(weight, x, bias, residual), 0.0, 3.0], np.float32)
+    index = head[1] % len(oracle.ACTIVATIONS)  # by the batch, as good as any number
+    y = list(oracle.ACTIVATIONS.values())[index](y, SLOPE)
+    floats = np.array([STEEPEST * oracle.tolerance(weight, x, bias, residual), *CLIP, index, SLOPE], np.float32)
     numbers = np.array([*head, len(parts["values"]), x.size, y.size], np.int64)
     return [numbers, floats, x, parts["values"], bias, residual, y.astype(np.float32), parts["col_indices"], parts["row_ptr"]]
 

@@ -41,17 +41,17 @@ TAILS = {
     "nothing": ([node("Identity", "n", "y")], "SparseConv", set()),
     "ReLU": ([node("Relu", "n", "y")], "SparseConvRelu", set()),
     "ReLU6": ([node("Clip", "n zero six", "y")], "SparseConvClip", set()),
-    "HardSwish": ([node("HardSwish", "n", "y")], "SparseConv", {"HardSigmoid", "Mul"}),  # as onnxruntime writes it
+    "HardSwish": ([node("HardSwish", "n", "y")], "SparseConvHardSwish", set()),
     "HardSwish written out": (
         [node("Add", "n three", "a"), node("Clip", "a zero six", "b"), node("Div", "b six", "d"), node("Mul", "n d", "y")],
         "SparseConv",
         {"Add", "Clip", "Div", "Mul"},
     ),
-    "SiLU": ([node("Sigmoid", "n", "s"), node("Mul", "n s", "y")], "SparseConv", {"Sigmoid", "Mul"}),
-    "LeakyReLU": ([node("LeakyRelu", "n", "y", alpha=0.2)], "SparseConv", {"LeakyRelu"}),
+    "SiLU": ([node("Sigmoid", "n", "s"), node("Mul", "n s", "y")], "SparseConvSilu", set()),
+    "LeakyReLU": ([node("LeakyRelu", "n", "y", alpha=0.2)], "SparseConvLeakyRelu", set()),
     "PReLU": ([node("PRelu", "n slope", "y")], "SparseConv", {"PRelu"}),
     "residual on the left": ([node("Add", "x n", "a"), node("Relu", "a", "y")], "SparseConvAddRelu", set()),
-    "residual on the right, HardSwish": ([node("Add", "n x", "a"), node("HardSwish", "a", "y")], "SparseConvAdd", {"HardSigmoid", "Mul"}),
+    "residual on the right, HardSwish": ([node("Add", "n x", "a"), node("HardSwish", "a", "y")], "SparseConvAddHardSwish", set()),
     "concatenation": ([node("Relu", "n", "r"), node("Concat", "r x", "y", axis=1)], "SparseConvRelu", {"Concat"}),
 }
 

@@ -59,7 +59,7 @@ def test_wrong_weights_are_refused_and_the_old_file_stays(
     assert (tmp_path / "net").read_bytes() != b"old"
 
 
-@pytest.mark.parametrize("wrong", [Epilogue("", "Relu"), Epilogue("down.bn"), Epilogue("down.bn", "Clip", 0.0, 1.0)], ids=str)
+@pytest.mark.parametrize("wrong", [Epilogue("", "Relu"), Epilogue("down.bn"), Epilogue("down.bn", "Clip", (0.0, 1.0))], ids=str)
 def test_a_wrong_result_is_refused(wrong: Epilogue, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The residual, the activation or its bound is lost from the fused node: right weights, wrong outputs."""
     honest = Network.fuse

@@ -164,7 +164,7 @@ def test_automatic_padding(mode: str, stride: int, kernel: int) -> None:
 # Fusing -----------------------------------------------------------------------------------------------------------------------
 
 CONV = node("Conv", "x w b", "c", **PAD)
-OTHER = node("Conv", "x w2", "d", **PAD)
+OTHER, OTHER_OF_M = node("Conv", "x w2", "d", **PAD), node("Conv", "m w2", "e", **PAD)
 LIMITS = {"lo": np.float32(0), "hi": np.float32(6)}
 # nodes after the convolution `c` -> outputs of the graph -> suffix and output name of each sparse node, in order
 FUSIONS = {
@@ -185,6 +185,24 @@ FUSIONS = {
     "relu before the sum": ([node("Relu", "c", "r"), node("Add", "r x", "y")], "y", [("Relu", "r")]),
     "two activations": ([node("Relu", "c", "r"), node("Sigmoid", "r", "y")], "y", [("Relu", "r")]),
     "another activation": ([node("Sigmoid", "c", "y")], "y", [("", "c")]),
+    "leaky relu": ([node("LeakyRelu", "c", "y", alpha=0.3)], "y", [("LeakyRelu", "y")]),
+    "leaky relu as it is by default": ([node("LeakyRelu", "c", "y")], "y", [("LeakyRelu", "y")]),
+    "hard swish": ([node("HardSwish", "c", "y")], "y", [("HardSwish", "y")]),
+    "silu": ([node("Sigmoid", "c", "s"), node("Mul", "c s", "y")], "y", [("Silu", "y")]),
+    "silu from the right": ([node("Sigmoid", "c", "s"), node("Mul", "s c", "y")], "y", [("Silu", "y")]),
+    "residual and silu": (
+        [node("Add", "c x", "a"), node("Sigmoid", "a", "s"), node("Mul", "a s", "y")], "y", [("AddSilu", "y")],
+    ),
+    "a residual made between the nodes of another's silu": (
+        [node("Sigmoid", "c", "s"), node("Relu", "x", "z"), node("Mul", "c s", "m"), OTHER_OF_M, node("Add", "e z", "y")],
+        "y",
+        [("Silu", "m"), ("Add", "y")],
+    ),
+    "the gate also an output": ([node("Sigmoid", "c", "s"), node("Mul", "c s", "y")], "y s", [("", "c")]),
+    "the gate of a third reader": ([node("Sigmoid", "c", "s"), node("Mul", "c s", "m"), node("Add", "m c", "y")], "y", [("", "c")]),
+    "another factor": ([node("Sigmoid", "c", "s"), node("Tanh", "c", "t"), node("Mul", "s t", "y")], "y", [("", "c")]),
+    "another hard sigmoid": ([node("HardSigmoid", "c", "s", alpha=0.3), node("Mul", "c s", "y")], "y", [("", "c")]),
+    "a square": ([node("Mul", "c c", "y")], "y", [("", "c")]),
     "layers on both sides": ([OTHER, node("Add", "c d", "s"), node("Relu", "s", "y")], "y", [("", "c"), ("AddRelu", "y")]),
     "layers on both sides, other order": ([OTHER, node("Add", "d c", "s"), node("Relu", "s", "y")], "y", [("", "c"), ("AddRelu", "y")]),
     "a chain": ([node("Relu", "c", "r"), node("Conv", "r w2", "e", **PAD), node("Add", "x e", "y")], "y", [("Relu", "r"), ("Add", "y")]),
@@ -299,9 +317,9 @@ MALFORMED = [
     (attribute("pads", [1, 1]), "pads: expected 4"),
     (attribute("pads", [-1, 0, 0, 0]), "pads: expected 4 ints of at least 0"),
     (attribute("dilations", None), "dilations: expected 2"),
-    (attribute("activation", "Gelu"), "activation: expected None, Relu or Clip"),
-    (attribute("min", None), "min, max: expected two floats"),
-    (attribute("min", 9.0), "min, max: expected two floats"),
+    (attribute("activation", "Gelu"), "activation: expected one of None, Relu, Clip, LeakyRelu, HardSwish, Silu"),
+    (attribute("min", None), "min, max: expected floats in this order, got None, 6.0"),
+    (attribute("min", 9.0), "min, max: expected floats in this order, got 9.0, 6.0"),
     (initializer("gaps", np.zeros(115, np.uint16)), "gaps: expected positive"),
     (initializer("gaps", np.full(115, 65535, np.uint16)), "gaps: expected positions below 576"),
     (initializer("gaps", np.ones(3, np.uint16)), "gaps: expected 115 entries"),

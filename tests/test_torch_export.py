@@ -163,6 +163,21 @@ def test_depthwise_clip_linear_and_two_outputs() -> None:
     assert {"dw.values", "pw.values", "fc.values"} <= state.keys()
 
 
+def test_activations_that_are_no_bounds_are_torchs_own() -> None:
+    w = {f"{name}.weight": pruned((8, 8, 3, 3), 0.7, seed=i) for i, name in enumerate("abc")} | {"fc.weight": pruned((8, 20), 0.7)}
+    nodes = [
+        node("Conv", "x a.weight", "a"), node("LeakyRelu", "a", "b", alpha=0.3), node("Conv", "b b.weight", "c", pads=[1] * 4),
+        node("Add", "b c", "d"), node("HardSwish", "d", "e"), node("Conv", "e c.weight", "f"), node("Sigmoid", "f", "g"),
+        node("Mul", "f g", "h"), node("GlobalAveragePool", "h", "i"), node("Flatten", "i", "j"), node("MatMul", "j fc.weight", "k"),
+        node("Sigmoid", "k", "l"), node("Mul", "l k", "y"),
+    ]  # fmt: skip
+    model = graph(nodes, {"x": ["N", 8, 9, 9]}, ["y"], w)
+    fused = lower(read(model.SerializeToString())).fuse(lower(read(model.SerializeToString())).layers)
+    assert [each.epilogue.suffix for each in fused] == ["LeakyRelu", "AddHardSwish", "Silu", "Silu"]
+    (expected,), (got,), _ = exported(model, {"x": normal(2, 8, 9, 9)})
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_free_image_sides_and_several_inputs() -> None:
     nodes = [node("Conv", "x c.weight", "a", pads=[1] * 4), node("Add", "a z", "y")]
     model = graph(nodes, {"x": ["N", 8, "H", "W"], "z": ["N", 8, "H", "W"]}, ["y"], {"c.weight": pruned((8, 8, 3, 3), 0.8)})

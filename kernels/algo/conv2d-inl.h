@@ -57,6 +57,8 @@ struct Conv2dGroup {
     t.last = block == p.blocks - 1;
     t.min = a.min;
     t.max = a.max;
+    t.activation = a.activation;
+    t.slope = a.slope;
     const int64_t pixels = p.out_h * p.out_w;
     Place to = place(p.y_tile, p.rows, pixels, smaller(first, pixels - 1));
     if (t.last && (p.pitch != p.out_w || to.left < count)) {

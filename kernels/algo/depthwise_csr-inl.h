@@ -14,7 +14,8 @@ struct DepthwiseTile {
   VectorCopy* reads;  // the vectors of the strips
   VectorPlace* places;
   int64_t read_count = 0, place_count = 0;
-  int64_t low = 0, high = 0;  // the range of a plane that is read
+  int64_t low = 0, high = 0;                         // the range of a plane that is read
+  int64_t row = 0, rows = 0, column = 0, width = 0;  // of the output
 };
 
 struct DepthwiseChannel {
@@ -46,8 +47,12 @@ static void list_reads(int64_t row, int64_t column, DepthwiseTile* t) {
 // Not so where y may be the residual, still to be read.
 static void list_places(int64_t row, int64_t column, bool residual, DepthwiseTile* t) {
   const Packed& p = t->p;
-  const int64_t rows = smaller(p.tile_floats() / p.pitch, p.out_h - row), width = smaller(p.tile_w, p.out_w - column);
-  for (int64_t r = 0; r < rows; ++r) {
+  const int64_t width = smaller(p.tile_w, p.out_w - column);
+  t->row = row;
+  t->rows = smaller(p.tile_floats() / p.pitch, p.out_h - row);
+  t->column = column;
+  t->width = width;
+  for (int64_t r = 0; r < t->rows; ++r) {
     for (int64_t at = 0; at < width; at += Vec::kLanes) {
       const int64_t from = residual || width < Vec::kLanes ? at : smaller(at, width - Vec::kLanes),
                     to = (row + r) * p.out_w + column + from;
@@ -93,15 +98,22 @@ static void depthwise_channel(const DepthwiseTile& t, const DepthwiseChannel& c)
     if (c.residual) {
       TK_UNROLL for (int v = 0; v < V; ++v) acc[v] = acc[v] + Vec::load_first(c.residual + at[v].to, at[v].count);
     }
+    TK_UNROLL for (int v = 0; v < V; ++v) acc[v] = clip(acc[v], lo, hi);
     TK_UNROLL for (int v = 0; v < V; ++v) {
-      const Vec y = clip(acc[v], lo, hi);
       if (at[v].count == Vec::kLanes) {
-        y.store(c.y + at[v].to);
+        acc[v].store(c.y + at[v].to);
       } else {
-        y.store_first(c.y + at[v].to, at[v].count);
+        acc[v].store_first(c.y + at[v].to, at[v].count);
       }
     }
   }
+}
+
+// The tile of one plane of y, once it is written: before that its vectors overlap.
+static void activate_tile(const DepthwiseTile& t, const tk_args& a, float* y) {
+  const int64_t out_w = t.p.out_w, at = t.row * out_w + t.column;
+  if (t.width == out_w) return activate(a.activation, a.slope, y + at, t.rows * out_w);
+  for (int64_t r = 0; r < t.rows; ++r) activate(a.activation, a.slope, y + at + r * out_w, t.width);
 }
 
 template <int N = 0>
@@ -126,6 +138,7 @@ static void depthwise_csr_f32(const Packed& p, const tk_args& a, int64_t part_be
         copy_plane(fill, p.shape.stride_w, a.x + plane * pixels, t.reads, static_cast<int>(t.read_count), t.masks, t.low, t.high, t.strips);
         depthwise_by_count(t, {p.values() + at, p.offsets() + at, row_ptr[m + 1] - at, a.bias ? a.bias[m] : 0.0f, a.y + to,
                                a.residual ? a.residual + to : nullptr, a.min, a.max});
+        if (a.activation != TK_IDENTITY) activate_tile(t, a, a.y + to);
       }
     }
     part = image_end;

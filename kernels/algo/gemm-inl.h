@@ -68,6 +68,7 @@ static void gemm_row(const Gemm& g) {
       a.y[at] = clip(sum[r] + (a.bias ? a.bias[m + r] : 0.0f) + (a.residual ? a.residual[at] : 0.0f), a.min, a.max);
     }
   }
+  activate(a.activation, a.slope, a.y + g.n * p.rows + g.row_begin, g.row_end - g.row_begin);
 }
 
 // Columns [begin, end) of x to x_t, and zeros to a whole block behind them; lanes behind the last row of batch are zero.
@@ -94,7 +95,7 @@ static void transpose_x(const Gemm& g, int64_t begin, int64_t end) {
   }
 }
 
-// Outputs [begin, end) from y_t to y: adds the residual, clips.
+// Outputs [begin, end) from y_t to y: adds the residual, clips, activates.
 static void transpose_y(const Gemm& g, int64_t begin, int64_t end) {
   constexpr int kLanes = Vec::kLanes;
   const int64_t rows = g.p.rows, tile = g.tile;
@@ -120,6 +121,8 @@ static void transpose_y(const Gemm& g, int64_t begin, int64_t end) {
         }
       }
     }
+    if (g.a.activation == TK_IDENTITY) continue;
+    for (int64_t i = 0; i < count; ++i) activate(g.a.activation, g.a.slope, g.a.y + (g.n + lane + i) * rows + begin, end - begin);
   }
 }
 

@@ -22,8 +22,10 @@ struct Tile {
   const Span* spans;  // null: the tile's pixels are one contiguous piece of y; else y and y_stride are the first span's
   int32_t span_count;
   int32_t last_lanes;  // without spans: lanes of the last vector that are inside the output, 1 … Vec::kLanes
-  bool first, last;    // first block: start from the bias; last block: add the residual, clip, write y
+  bool first, last;    // first block: start from the bias; last block: add the residual, clip, write y, activate
   float min, max;
+  tk_activation activation;
+  float slope;
 };
 
 // The first to write an output row meets it in no cache, a plane apart, where no hardware prefetcher follows.
@@ -33,7 +35,7 @@ static inline void prefetch_row(const float* y, const float* residual) {
   if (residual) TK_UNROLL for (int v = 0; v < V * Vec::kLanes; v += 16) __builtin_prefetch(residual + v, 0);
 }
 
-// Adds the residual, clips and writes row m of the output; y and residual are at its first pixel of the tile.
+// Adds the residual, clips, writes and activates row m of the output; y and residual are at its first pixel of the tile.
 template <int V>
 static inline void write_row(const Tile& t, int64_t m, float* y, const float* residual, Vec* acc) {
   const Vec lo = Vec::set(t.min), hi = Vec::set(t.max);
@@ -45,6 +47,7 @@ static inline void write_row(const Tile& t, int64_t m, float* y, const float* re
       }
     }
     TK_UNROLL for (int v = 0; v < V; ++v) { clip(acc[v] + Vec::load(padded + v * Vec::kLanes), lo, hi).store(padded + v * Vec::kLanes); }
+    if (t.activation != TK_IDENTITY) activate(t.activation, t.slope, padded, V * Vec::kLanes);
     for (const Span *s = t.spans, *end = s + t.span_count; s < end; ++s) copy(padded + s->at, s->count, t.y + s->to + m * s->stride);
     return;
   }
@@ -61,6 +64,7 @@ static inline void write_row(const Tile& t, int64_t m, float* y, const float* re
   } else {
     end.store_first(y + kLast, t.last_lanes);
   }
+  if (t.activation != TK_IDENTITY) activate(t.activation, t.slope, y, kLast + t.last_lanes);
 }
 
 // First and last block or neither: one loop each. `Rows::of<V, First, Last>` is a format's loop.

@@ -106,13 +106,17 @@ void run(Input& in, const void* packed, int64_t x_floats, int64_t y_floats, int6
   const std::vector<float> bias = in.numbers(static_cast<size_t>(rows));
   std::vector<float> residual(y.size(), 0.5f);
   const bool has_residual = in.flip(), in_place = in.flip();
-  tk_args args{batch, x.data(), in.flip() ? bias.data() : nullptr, has_residual ? residual.data() : nullptr, y.data(), -INFINITY, INFINITY};
+  tk_args args{
+      batch,       x.data(), in.flip() ? bias.data() : nullptr, has_residual ? residual.data() : nullptr, y.data(), -INFINITY, INFINITY,
+      TK_IDENTITY, 0.0f};
   if (in.flip()) args.min = in.number();
   if (in.flip()) args.max = in.number();
+  if (in.flip()) args.activation = static_cast<tk_activation>(in.within(0, 3));
+  if (in.flip()) args.slope = in.number();
   const Memory workspace = aligned(workspace_bytes);
   const int64_t parts = tk_parts(packed, batch), cut = in.within(0, parts);
   const tk_status status = tk_run(packed, &args, 0, parts, workspace.get());
-  TK_REQUIRE(status == (args.min <= args.max ? TK_OK : TK_BAD_ARGUMENT));
+  TK_REQUIRE(status == (args.min <= args.max && args.slope == args.slope ? TK_OK : TK_BAD_ARGUMENT));
   if (status != TK_OK) return;
   std::vector<float> again(y.size());
   if (has_residual && in_place) again = residual;

@@ -224,9 +224,12 @@ const char* name(Input& in, std::initializer_list<const char*> usual) {
 KernelInfo attributes(Input& in, const std::string& op, bool conv) {
   KernelInfo info;
   std::vector<int64_t>& shape = info.ints["weight_shape"] = sizes(in, conv ? 4 : 2, 1, 6);
-  const std::string activation = op.find("Relu") != op.npos ? "Relu" : op.find("Clip") != op.npos ? "Clip" : "None";
+  std::string activation = "None";
+  for (const char* const each : {"Relu", "LeakyRelu", "Clip", "HardSwish", "Silu"}) {
+    if (op.find(each) != op.npos) activation = each;
+  }
   info.strings["activation"] = in.rarely() ? name(in, {"None", "Relu"}) : activation;
-  if (!in.rarely()) info.floats = {{"min", in.number()}, {"max", in.number() + 8.0f}};
+  if (!in.rarely()) info.floats = {{"min", in.number()}, {"max", in.number() + 8.0f}, {"alpha", in.number()}};
   if (in.flip()) info.strings["format"] = name(in, {"csr", "bsr"});
   if (!conv) return info;
   if (shape.size() == 4 && in.within(0, 3) == 0) {  // depthwise

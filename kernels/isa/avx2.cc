@@ -56,6 +56,13 @@ struct Vec {
     if (n & 1) _mm_store_ss(p, part);
   }
   Vec operator+(const Vec& b) const { return {_mm256_add_ps(v, b.v)}; }
+  Vec operator*(const Vec& b) const { return {_mm256_mul_ps(v, b.v)}; }
+  Vec operator/(const Vec& b) const { return {_mm256_div_ps(v, b.v)}; }
+  // 2^n for n + 1.5 * 2^23, whose low bits are n: -126 … 127.
+  static Vec power_of_two(const Vec& shifted) {
+    const __m256i bits = _mm256_slli_epi32(_mm256_castps_si256(shifted.v), 23);
+    return {_mm256_castsi256_ps(_mm256_add_epi32(bits, _mm256_castps_si256(_mm256_set1_ps(1.0f))))};
+  }
   // All bits set in lanes [begin, end), for operator&.
   static Vec mask(int64_t begin, int64_t end) {
     const __m256i from = first(static_cast<int32_t>(begin)), to = first(static_cast<int32_t>(end));

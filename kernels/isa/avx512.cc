@@ -41,6 +41,13 @@ struct Vec {
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store_first(float* p, int32_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
   Vec operator+(const Vec& b) const { return {_mm512_add_ps(v, b.v)}; }
+  Vec operator*(const Vec& b) const { return {_mm512_mul_ps(v, b.v)}; }
+  Vec operator/(const Vec& b) const { return {_mm512_div_ps(v, b.v)}; }
+  // 2^n for n + 1.5 * 2^23, whose low bits are n: -126 … 127.
+  static Vec power_of_two(const Vec& shifted) {
+    const __m512i bits = _mm512_slli_epi32(_mm512_castps_si512(shifted.v), 23);
+    return {_mm512_castsi512_ps(_mm512_add_epi32(bits, _mm512_castps_si512(_mm512_set1_ps(1.0f))))};
+  }
   // All bits set in lanes [begin, end), for operator&.
   static Vec mask(int64_t begin, int64_t end) {
     const __mmask16 lanes = static_cast<__mmask16>(first(static_cast<int32_t>(end)) & ~first(static_cast<int32_t>(begin)));

@@ -1,5 +1,6 @@
 // The algorithms, and the ISA's row of the dispatch table. Included last, inside the ISA's namespace.
 
+#include "../algo/activate-inl.h"
 #include "../algo/rows-inl.h"
 #include "../algo/csr_rows-inl.h"
 #include "../algo/bsr_rows-inl.h"

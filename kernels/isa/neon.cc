@@ -38,6 +38,13 @@ struct Vec {
     for (int i = 0; i < n; ++i) p[i] = lanes[i];
   }
   Vec operator+(const Vec& b) const { return {vaddq_f32(v, b.v)}; }
+  Vec operator*(const Vec& b) const { return {vmulq_f32(v, b.v)}; }
+  Vec operator/(const Vec& b) const { return {vdivq_f32(v, b.v)}; }
+  // 2^n for n + 1.5 * 2^23, whose low bits are n: -126 … 127.
+  static Vec power_of_two(const Vec& shifted) {
+    const uint32x4_t bits = vshlq_n_u32(vreinterpretq_u32_f32(shifted.v), 23);
+    return {vreinterpretq_f32_u32(vaddq_u32(bits, vreinterpretq_u32_f32(vdupq_n_f32(1.0f))))};
+  }
   // All bits set in lanes [begin, end), for operator&.
   static Vec mask(int64_t begin, int64_t end) {
     uint32_t lanes[kLanes];

@@ -45,6 +45,27 @@ struct Vec {
     for (int i = 0; i < kLanes; ++i) r.lane[i] = lane[i] + b.lane[i];
     return r;
   }
+  Vec operator*(const Vec& b) const {
+    Vec r;
+    for (int i = 0; i < kLanes; ++i) r.lane[i] = lane[i] * b.lane[i];
+    return r;
+  }
+  Vec operator/(const Vec& b) const {
+    Vec r;
+    for (int i = 0; i < kLanes; ++i) r.lane[i] = lane[i] / b.lane[i];
+    return r;
+  }
+  // 2^n for n + 1.5 * 2^23, whose low bits are n: -126 … 127.
+  static Vec power_of_two(const Vec& shifted) {
+    Vec r;
+    for (int i = 0; i < kLanes; ++i) {
+      uint32_t bits;
+      __builtin_memcpy(&bits, &shifted.lane[i], sizeof(bits));
+      bits = (bits << 23) + 0x3f800000;
+      __builtin_memcpy(&r.lane[i], &bits, sizeof(bits));
+    }
+    return r;
+  }
   // Ones in lanes [begin, end), for operator&.
   static Vec mask(int64_t begin, int64_t end) {
     Vec r;

@@ -1,7 +1,7 @@
 // A node of the graph: inputs and attributes of the operators, checked, the packed forms of its weight, and how it runs.
 //
 //   inputs      X f32, values f32 [nnz], gaps u16 [nnz] (see tk_gaps_decode), B f32 [out], and for SparseConvAdd* Z f32, the residual
-//   attributes  weight_shape, activation "None" | "Relu" | "Clip" (with min, max); SparseConv: strides [2], pads [4], dilations [2];
+//   attributes  weight_shape, activation "None" | "Relu" | "Clip" (with min, max) | "LeakyRelu" (with alpha, its slope) | "HardSwish" | "Silu"; SparseConv: strides [2], pads [4], dilations [2];
 //               group, 1 or, depthwise, the number of channels; format "csr" | "bsr" | SparseGemm: "bsr1x4", the form to pack in; SparseConv: tuning [6]: lanes,
 //               height and width of the image it holds for, and tile_vectors, block_channels, group_tiles (tk_tuning); SparseConv:
 //               x_layout and y_layout "planes" | "csr" | "bsr" (tk_layout) of X, and of Y and Z: where another node of this library is
@@ -34,7 +34,7 @@ struct Operator : CustomOp {
   bool is_conv = false, has_residual = false;
   int64_t threads = 1;
 
-  // The activation in the name: "", "Relu" or "Clip".
+  // The activation in the name, "" for none.
   const char* suffix() const { return name + std::strlen(has_residual ? "SparseConvAdd" : "SparseConv"); }
 };
 
@@ -152,7 +152,9 @@ class Node {
                           static_cast<const float*>(residual.data),
                           static_cast<float*>(y_data),
                           min_,
-                          max_};
+                          max_,
+                          activation_,
+                          slope_};
     Job(packed->data(), args, threads_).run(api_, context);
   }
 
@@ -199,11 +201,19 @@ class Node {
     } else if (std::strcmp(name, "Clip") == 0) {
       check(api_, attribute_float(api_, info, "min", &min_));
       check(api_, attribute_float(api_, info, "max", &max_));
+    } else if (std::strcmp(name, "LeakyRelu") == 0) {
+      check(api_, attribute_float(api_, info, "alpha", &slope_));
+      activation_ = TK_LEAKY_RELU;
+    } else if (std::strcmp(name, "HardSwish") == 0) {
+      activation_ = TK_HARD_SWISH;
+    } else if (std::strcmp(name, "Silu") == 0) {
+      activation_ = TK_SILU;
     } else if (std::strcmp(name, "None") != 0) {
-      fail(kInvalidGraph, std::string("activation: expected None, Relu or Clip, got ") + name);
+      fail(kInvalidGraph, std::string("activation: expected None, Relu, Clip, LeakyRelu, HardSwish or Silu, got ") + name);
     }
     if (std::strcmp(*suffix ? suffix : "None", name) != 0)
       fail(kInvalidGraph, std::string("activation: ") + name + " contradicts the operator's name");
+    if (slope_ != slope_) fail(kInvalidGraph, "alpha: expected a number, got NaN");
     if (!(min_ <= max_)) fail(kInvalidGraph, "min, max: expected min <= max, got " + std::to_string(min_) + " and " + std::to_string(max_));
   }
 
@@ -316,6 +326,8 @@ class Node {
   tk_format format_ = TK_CSR;
   std::vector<int64_t> shape_, strides_, pads_, dilations_, tuning_;
   float min_ = -std::numeric_limits<float>::infinity(), max_ = std::numeric_limits<float>::infinity();
+  tk_activation activation_ = TK_IDENTITY;
+  float slope_ = 0.0f;
   std::mutex mutex_;
   std::vector<std::pair<std::vector<int64_t>, std::shared_ptr<const Buffer>>> packed_;
 };

@@ -73,8 +73,9 @@ void describe(Operator* op, const Api* api, const char* name, int64_t threads) {
 
 // A function body is found by the name of its operator alone (onnxruntime before 1.27 ignores overloads), so each body needs its own;
 // the attributes say all of it again, and one kernel serves every name.
-constexpr const char* kNames[] = {"SparseConv",        "SparseConvRelu", "SparseConvClip", "SparseConvAdd", "SparseConvAddRelu",
-                                  "SparseConvAddClip", "SparseGemm",     "SparseGemmRelu", "SparseGemmClip"};
+#define TK_ACTIVATED(op) op, op "Relu", op "Clip", op "LeakyRelu", op "HardSwish", op "Silu"
+constexpr const char* kNames[] = {TK_ACTIVATED("SparseConv"), TK_ACTIVATED("SparseConvAdd"), TK_ACTIVATED("SparseGemm")};
+#undef TK_ACTIVATED
 
 // One domain per thread count (and onnxruntime: a process may hold two copies), made once and kept for the life of the process, as ONNX
 // Runtime demands of registered operators.

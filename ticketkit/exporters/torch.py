@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from onnx import ModelProto
@@ -135,13 +135,23 @@ def _examples(network: Network) -> tuple[list[torch.Tensor], list[dict[int, Any]
 
 
 def _step(sparse: operators.Sparse) -> Step:
-    """A node of ours as a torch operator: x, values, gaps, bias, residual? -> y."""
+    """A node of ours as a torch operator: x, values, gaps, bias, residual? -> y. Activations that are no bounds are torch's own."""
+    from torch.nn import functional as F
+
     from ticketkit.runtime import torch_op
 
     shape, epilogue, execution = list(sparse.shape), sparse.epilogue, sparse.execution
-    bounds = {"Relu": (0.0, None), "Clip": (epilogue.low, epilogue.high)}.get(epilogue.activation, (None, None))
-    if not sparse.window:
-        return lambda x, values, gaps, bias: torch_op.sparse_linear(x, values, gaps, bias, shape, *bounds, execution.format)
-    window = [sparse.window[key] for key in operators.WINDOW]
+    bounds = {"Relu": (0.0, None), "Clip": epilogue.parameters}.get(epilogue.activation, (None, None))
+    own: dict[str, Callable[..., torch.Tensor]] = {"LeakyRelu": F.leaky_relu, "HardSwish": F.hardswish, "Silu": F.silu}
+    other = own.get(epilogue.activation)
+    window = [sparse.window[key] for key in operators.WINDOW if sparse.window]
     rest = (shape, *window, sparse.group, *bounds, execution.format, execution.x_layout, execution.y_layout)
-    return lambda x, values, gaps, bias, residual=None: torch_op.sparse_conv2d(x, values, gaps, bias, residual, *rest)
+
+    def step(x: torch.Tensor, values: torch.Tensor, gaps: torch.Tensor, bias: torch.Tensor, residual: Any = None) -> torch.Tensor:
+        if window:
+            y = torch_op.sparse_conv2d(x, values, gaps, bias, residual, *rest)
+        else:
+            y = torch_op.sparse_linear(x, values, gaps, bias, shape, *bounds, execution.format)
+        return other(y, *epilogue.parameters) if other else y
+
+    return step

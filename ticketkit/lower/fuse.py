@@ -1,4 +1,4 @@
-"""Which nodes one sparse node can stand for: the layer itself, then Add of a bias or residual, then Relu or Clip.
+"""Which nodes one sparse node can stand for: the layer itself, then Add of a bias or residual, then an activation.
 
 Fusion is a view, not a rewrite: the exporter that has the operator asks for it, the dense targets leave the graph as it is.
 """
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from onnx import NodeProto
+from onnx import NodeProto, helper
 
 from ticketkit.lower.graph import Graph
 from ticketkit.lower.layers import Layer, Shapes
@@ -50,19 +50,20 @@ def fuse(graph: Graph, layers: Iterable[Layer], shapes: Sequence[Shapes]) -> lis
         if layer.bias_at is not None:
             absorbed.append(layer.bias_at)
             output = graph.model.graph.node[layer.bias_at].output[0]
-        residual, activation, low, high = "", "None", 0.0, 0.0
+        residual, activation = "", "None"
+        parameters: tuple[float, ...] = ()
         following = graph.only_reader(output)
         images = layer.op == "Conv" and not layer.sequence
         if following and following[0] not in taken and images and (residual := _residual(graph, following[1], output, shapes)):
             absorbed.append(following[0])
             output = following[1].output[0]
             following = graph.only_reader(output)
-        if following and (bounds := _activation(graph, following[1], output)):
-            activation, low, high = bounds
-            absorbed.append(following[0])
-            output = following[1].output[0]
+        if then := _activation(graph, output):
+            activation, parameters, last = then
+            absorbed += [at for at in graph.consumers[output] if at != last] + [last]
+            output = graph.model.graph.node[last].output[0]
         taken.update(absorbed)
-        found.append(Fused(layer, Epilogue(residual, activation, low, high), output, tuple(absorbed)))
+        found.append(Fused(layer, Epilogue(residual, activation, parameters), output, tuple(absorbed)))
     return found[::-1]
 
 
@@ -75,10 +76,37 @@ def _residual(graph: Graph, node: NodeProto, product: str, shapes: Sequence[Shap
     return other if same and other not in graph.constants else ""
 
 
-def _activation(graph: Graph, node: NodeProto, value: str) -> tuple[str, float, float] | None:
-    """Name and bounds of a Relu, or of a Clip with constant bounds, that reads `value`."""
-    if node.op_type == "Relu":
-        return "Relu", 0.0, 0.0
+def _activation(graph: Graph, value: str) -> tuple[str, tuple[float, ...], int] | None:
+    """Name and parameters of the activation that `value` goes through, and the position of its last node; None if it has other readers.
+
+    Two nodes make a SiLU, value * Sigmoid(value), and a HardSwish, value * HardSigmoid(value), where both of them read the value.
+    """
+    if following := graph.only_reader(value):
+        at, node = following
+        found = _one_node(graph, node, value)
+        return found and (*found, at)
+    readers = graph.consumers.get(value, [])
+    if len(readers) != 2 or min(readers) < 0:
+        return None
+    (gate, product), nodes = readers, graph.model.graph.node
+    if nodes[product].op_type != "Mul" or not (then := graph.only_reader(nodes[gate].output[0])) or then[0] != product:
+        return None
+    if nodes[gate].op_type == "Sigmoid":
+        return "Silu", (), product
+    options = {a.name: helper.get_attribute_value(a) for a in nodes[gate].attribute}
+    if nodes[gate].op_type == "HardSigmoid" and options.get("beta", 0.5) == 0.5 and abs(6 * options.get("alpha", 0.2) - 1) < 1e-6:
+        return "HardSwish", (), product
+    return None
+
+
+def _one_node(graph: Graph, node: NodeProto, value: str) -> tuple[str, tuple[float, ...]] | None:
+    """Name and parameters of a node that is an activation: Relu, HardSwish, LeakyRelu, or Clip of `value` with constant bounds."""
+    if node.domain not in ("", "ai.onnx"):
+        return None
+    if node.op_type in ("Relu", "HardSwish"):
+        return node.op_type, ()
+    if node.op_type == "LeakyRelu":
+        return "LeakyRelu", (next((a.f for a in node.attribute if a.name == "alpha"), 0.01),)
     if node.op_type != "Clip" or node.input[0] != value:
         return None
     bounds = [-UNBOUNDED, UNBOUNDED]
@@ -88,4 +116,4 @@ def _activation(graph: Graph, node: NodeProto, value: str) -> tuple[str, float, 
             if constant is None or constant.size != 1:
                 return None
             bounds[i] = float(constant.reshape(()))
-    return ("Clip", bounds[0], bounds[1]) if bounds[0] <= bounds[1] else None
+    return ("Clip", (bounds[0], bounds[1])) if bounds[0] <= bounds[1] else None

@@ -4,9 +4,9 @@
     SparseGemm(X [N,K],     values [n], gaps u16 [n], B [M])                 -> Y [N,M]       = act(X Wᵀ + B)
 
 Everything else is float32; a file may store values as float16 behind a Cast (`ticketkit.lower.half_weights`). Attributes: ``weight_shape``
-[M,C,kh,kw] or [M,K], ``numel`` [its product, below 2^29], ``activation`` "None", "Relu" or "Clip" (then ``min`` and
-``max``), and for SparseConv ``strides`` [2], ``pads`` [top, left, bottom, right], ``dilations`` [2] and ``group``, 1 (also where it is
-absent, as in older files) or C for a depthwise W [C,1,kh,kw]. W is gap-coded (`ticketkit.formats.gaps`). How a library should run it is
+[M,C,kh,kw] or [M,K], ``numel`` [its product, below 2^29], ``activation``, a name of `ACTIVATIONS`, with the floats that go with it, and for
+SparseConv ``strides`` [2], ``pads`` [top, left, bottom, right], ``dilations`` [2] and ``group``, 1 (also where it is absent, as in older
+files) or C for a depthwise W [C,1,kh,kw]. W is gap-coded (`ticketkit.formats.gaps`). How a library should run it is
 said by ``format`` "csr" (default), "bsr" (not for depthwise) or, for SparseGemm, "bsr1x4", the form the weight is packed in (tk_format of
 kernels/ticketkit.h), and for SparseConv
 ``tuning`` [6]: how it is cut up on vectors of so many lanes and images of such height and width (tile_vectors, block_channels, group_tiles
@@ -15,7 +15,7 @@ or "bsr" give the order of the floats of X, and of Y and Z, in memory (tk_layout
 of a tensor must agree, and whoever reads it from outside gets them in that order. They mean nothing to the function body.
 
 An operator has one function body, so each body has an operator of its own: the name is SparseConv or SparseGemm + ("Add" if Z) +
-("" | "Relu" | "Clip"), such as SparseConvAddRelu. (ONNX has overloads for this, but onnxruntime ignores them before 1.27.)
+the activation if there is one, such as SparseConvAddRelu. (ONNX has overloads for this, but onnxruntime ignores them before 1.27.)
 
 The body decodes W by Cast, CumSum and ScatterElements into zeros. All of that is constant, so a stock runtime folds it at load and is
 left with one ordinary Conv or Gemm.
@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import isnan, prod
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,15 @@ CONV, GEMM = "SparseConv", "SparseGemm"
 DIGEST = "ticketkit.sha256"  # metadata key: hash of the whole model, by which `read` knows damage
 OWN = ("ticketkit.version", DIGEST)  # metadata of the file that was read, not of what is made from it
 WINDOW = ("strides", "pads", "dilations")
+ACTIVATIONS: dict[str, tuple[str, ...]] = {  # name -> the attributes that go with it
+    "None": (), "Relu": (), "Clip": ("min", "max"), "LeakyRelu": ("alpha",), "HardSwish": (), "Silu": (),
+}  # fmt: skip
+# Name -> the standard nodes it stands for: operator, inputs as steps back (1 is the node before), attributes. Others are operators.
+STEPS: dict[str, list[tuple[str, tuple[int, ...], dict[str, float]]]] = {
+    "None": [],
+    "HardSwish": [("HardSigmoid", (1,), {"alpha": 1 / 6, "beta": 0.5}), ("Mul", (2, 1), {})],
+    "Silu": [("Sigmoid", (1,), {}), ("Mul", (2, 1), {})],
+}
 PACKED = ("csr", "bsr", "bsr1x4")
 TILES = ("csr", "bsr")  # orders of floats in tiles, those that convolutions of these formats have
 LAYOUTS = ("planes", *TILES)
@@ -71,14 +80,13 @@ class Epilogue:
 
     Attributes:
         residual: name of the tensor added before the activation, "" for none.
-        activation: "None", "Relu" or "Clip".
-        low, high: the bounds of Clip.
+        activation: a name of `ACTIVATIONS`.
+        parameters: the values of its attributes, in that order.
     """
 
     residual: str = ""
     activation: str = "None"
-    low: float = 0.0
-    high: float = 0.0
+    parameters: tuple[float, ...] = ()
 
     @property
     def suffix(self) -> str:
@@ -114,21 +122,21 @@ def make_node(
     group: int = 1,
 ) -> NodeProto:
     """A node of this domain, `op` being SparseConv or SparseGemm; inputs are X, values, gaps, B, to which the residual is appended."""
-    clip = {"min": epilogue.low, "max": epilogue.high} if epilogue.activation == "Clip" else {}
+    parameters = dict(zip(ACTIVATIONS[epilogue.activation], epilogue.parameters, strict=True))
     layouts = {"x_layout": execution.x_layout, "y_layout": execution.y_layout}
     conv = {"tuning": list(execution.tuning), "group": group, **layouts} if op == CONV else {}
     operands = [*inputs, epilogue.residual] if epilogue.residual else list(inputs)
     return helper.make_node(
         op + epilogue.suffix, operands, [output], name=name, domain=DOMAIN, weight_shape=list(shape), numel=[prod(shape)],
-        activation=epilogue.activation, format=execution.format, **conv, **window, **clip,
+        activation=epilogue.activation, format=execution.format, **conv, **window, **parameters,
     )  # fmt: skip
 
 
 def function(name: str, opset: int) -> FunctionProto:
     """The body of one operator, by its full name, in standard operators of that opset."""
     op = CONV if name.startswith(CONV) else GEMM
-    residual, activation = name.startswith(f"{op}Add"), name.removeprefix(op).removeprefix("Add")
-    attributes = ["weight_shape", "numel", "activation", "format"]
+    residual, activation = name.startswith(f"{op}Add"), name.removeprefix(op).removeprefix("Add") or "None"
+    attributes = ["weight_shape", "numel", "activation", "format", *ACTIVATIONS[activation]]
     nodes = [
         _constant("weight_shape", "value_ints", "weight_shape", AttributeProto.INTS),
         _constant("numel", "value_ints", "numel", AttributeProto.INTS),
@@ -147,16 +155,16 @@ def function(name: str, opset: int) -> FunctionProto:
     else:
         product = helper.make_node("Gemm", ["X", "W", "B"], ["product"], transB=1)
     nodes.append(product)
-    last = "product"
     if residual:
-        nodes.append(helper.make_node("Add", [last, "Z"], ["sum"]))
-        last = "sum"
+        nodes.append(helper.make_node("Add", ["product", "Z"], ["sum"]))
     if activation == "Clip":
-        nodes += [_constant(key, "value_float", key, AttributeProto.FLOAT) for key in ("min", "max")]
-        attributes += ["min", "max"]
-        nodes.append(helper.make_node("Clip", [last, "min", "max"], ["Y"]))
-    else:
-        nodes.append(helper.make_node(activation or "Identity", [last], ["Y"]))
+        nodes[-1:-1] = [_constant(key, "value_float", key, AttributeProto.FLOAT) for key in ACTIVATIONS["Clip"]]
+    for kind, back, options in STEPS.get(activation, [(activation, (1,), {})]) or [("Identity", (1,), {})]:
+        operands = [nodes[-each].output[0] for each in back] + [*ACTIVATIONS["Clip"]] * (kind == "Clip")
+        nodes.append(helper.make_node(kind, operands, [kind.lower()], **options))
+    if activation == "LeakyRelu":
+        nodes[-1].attribute.append(_reference("alpha", "alpha", AttributeProto.FLOAT))
+    nodes[-1].output[0] = "Y"
     inputs = ["X", "values", "gaps", "B"] + ["Z"] * residual
     return helper.make_function(DOMAIN, name, inputs, ["Y"], nodes, [helper.make_opsetid("", opset)], attributes)
 
@@ -256,15 +264,12 @@ def _name(attributes: dict[str, Any], key: str, names: Sequence[str]) -> str:
 
 
 def _epilogue(attributes: dict[str, Any], residual: str) -> Epilogue:
-    activation = attributes.get("activation", b"None")
-    if activation not in (b"None", b"Relu", b"Clip"):
-        raise FormatError(f"activation: expected None, Relu or Clip, got {activation!r}")
-    if activation != b"Clip":
-        return Epilogue(residual, activation.decode())
-    low, high = (attributes.get(key) for key in ("min", "max"))
-    if not (isinstance(low, float) and isinstance(high, float) and low <= high):
-        raise FormatError(f"min, max: expected two floats in this order, got {low} and {high}")
-    return Epilogue(residual, "Clip", low, high)
+    activation = _name(attributes, "activation", tuple(ACTIVATIONS))
+    keys = ACTIVATIONS[activation]
+    values = tuple(value for key in keys if isinstance(value := attributes.get(key), float) and not isnan(value))
+    if len(values) < len(keys) or list(values) != sorted(values):
+        raise FormatError(f"{', '.join(keys)}: expected floats in this order, got {', '.join(str(attributes.get(key)) for key in keys)}")
+    return Epilogue(residual, activation, values)
 
 
 def _ints(attributes: dict[str, Any], key: str, count: int, least: int) -> list[int]:
@@ -278,22 +283,21 @@ def _expanded(node: NodeProto, sparse: Sparse, model: ModelProto) -> list[NodePr
     """The standard nodes one node stands for; its dense weight becomes an initializer of the model."""
     base = node.name or node.output[0]
     op, options = ("Conv", {**sparse.window, "group": sparse.group}) if sparse.window else ("Gemm", {"transB": 1})
-    chain: list[tuple[str, list[str], dict[str, Any]]] = [(op, [node.input[0], f"{base}.weight", node.input[3]], options)]
     constants = {f"{base}.weight": sparse.weight()}
     epilogue = sparse.epilogue
+    made = [helper.make_node(op, [node.input[0], f"{base}.weight", node.input[3]], [f"{base}.{op}"], name=base, **options)]
     if epilogue.residual:
-        chain.append(("Add", ["", epilogue.residual], {}))
-    if epilogue.activation == "Clip":
-        chain.append(("Clip", ["", f"{base}.min", f"{base}.max"], {}))
-        constants |= {f"{base}.min": np.array(epilogue.low, np.float32), f"{base}.max": np.array(epilogue.high, np.float32)}
-    elif epilogue.activation != "None":
-        chain.append((epilogue.activation, [""], {}))
+        made.append(helper.make_node("Add", [made[-1].output[0], epilogue.residual], [f"{base}.Add"], name=f"{base}.Add"))
+    parameters = dict(zip(ACTIVATIONS[epilogue.activation], epilogue.parameters, strict=True))
+    if epilogue.activation == "Clip":  # whose bounds are inputs
+        constants |= {f"{base}.{key}": np.array(value, np.float32) for key, value in parameters.items()}
+    for kind, back, fixed in STEPS.get(epilogue.activation, [(epilogue.activation, (1,), {})]):
+        operands = [made[-each].output[0] for each in back] + [f"{base}.{key}" for key in parameters if kind == "Clip"]
+        attributes = {**fixed, **parameters} if kind != "Clip" else {}
+        made.append(helper.make_node(kind, operands, [f"{base}.{kind}"], name=f"{base}.{kind}", **attributes))
+    made[-1].output[0] = node.output[0]
     model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in constants.items())
-    outputs = [f"{base}.{kind}" for kind, _, _ in chain[:-1]] + [node.output[0]]
-    return [
-        helper.make_node(kind, [n or outputs[i - 1] for n in inputs], [outputs[i]], name=f"{base}.{kind}" if i else base, **options)
-        for i, (kind, inputs, options) in enumerate(chain)
-    ]
+    return made
 
 
 def _array(field: str, name: str, constants: dict[str, onnx.TensorProto]) -> Array:

@@ -27,6 +27,7 @@ FloatArray = NDArray[np.float32]
 ALIGNMENT = 64  # bytes, TK_ALIGNMENT
 _FORMATS = {"csr": 0, "bsr": 1, "bsr1x4": 2}  # tk_format
 _LAYOUTS = {"planes": 0, "csr": 1, "bsr": 2}  # tk_layout
+_ACTIVATIONS = {"identity": 0, "leaky_relu": 1, "hard_swish": 2, "silu": 3}  # tk_activation
 _FORMAT_STATUSES = range(3, 7)  # TK_BAD_VALUES … TK_BAD_GAPS: the weight is at fault, not the call
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 
@@ -95,7 +96,7 @@ class _Tuning(c.Structure):
 
 class _Args(c.Structure):
     _fields_ = [("batch", c.c_int64), ("x", c.c_void_p), ("bias", c.c_void_p), ("residual", c.c_void_p), ("y", c.c_void_p),
-                ("min", c.c_float), ("max", c.c_float)]  # fmt: skip
+                ("min", c.c_float), ("max", c.c_float), ("activation", c.c_int), ("slope", c.c_float)]  # fmt: skip
 
 
 _SIGNATURES: dict[str, tuple[Any, Sequence[Any]]] = {
@@ -232,18 +233,22 @@ class Layer:
         *,
         minimum: float = -np.inf,
         maximum: float = np.inf,
+        activation: str = "identity",
+        slope: float = 0.0,
         cuts: Sequence[int] = (),
         out: FloatArray | None = None,
         workspace: NDArray[np.uint8] | None = None,
     ) -> FloatArray:
-        """clip(op(x) + bias + residual) for x f32 [batch, *in_shape]; returns f32 [batch, *out_shape], written to `out` if given.
+        """act(clip(op(x) + bias + residual)) for x f32 [batch, *in_shape]; returns f32 [batch, *out_shape], written to `out` if given.
 
+        The activation is "identity", "leaky_relu" with that slope, "hard_swish" or "silu" (tk_activation in ticketkit.h).
         bias is f32 [out_shape[0]], residual has the shape of the result; `cuts` are the part numbers at which the work is split into
         separate calls (the result does not depend on them). `out` may be the residual, but not overlap x. `workspace` is scratch of
         `aligned(workspace_bytes)`, to be given where runs are timed: fresh memory costs page faults. Raises KernelError for a wrong
-        shape or dtype, an `out` that cannot be written, minimum > maximum.
+        shape or dtype, an `out` that cannot be written, minimum > maximum, an unknown activation.
         """
-        prepared = self.prepare(x, bias, residual, minimum=minimum, maximum=maximum, out=out)
+        bounds = {"minimum": minimum, "maximum": maximum}
+        prepared = self.prepare(x, bias, residual, **bounds, activation=activation, slope=slope, out=out)
         scratch = aligned(self.workspace_bytes) if workspace is None else workspace
         for begin, end in itertools.pairwise([0, *sorted(cuts), prepared.parts]):
             prepared(begin, end, scratch)
@@ -257,6 +262,8 @@ class Layer:
         *,
         minimum: float = -np.inf,
         maximum: float = np.inf,
+        activation: str = "identity",
+        slope: float = 0.0,
         out: FloatArray | None = None,
     ) -> Run:
         """The same run, not yet begun, for callers that share its parts among threads. Raises as `run` does."""
@@ -268,7 +275,8 @@ class Layer:
         _float_array(y, (batch, *self.out_shape), "out")
         if not y.flags.writeable or np.may_share_memory(x, y):
             raise KernelError("out: expected a writable array that does not overlap x")
-        return Run(self, batch, x, bias, residual, y, minimum, maximum)
+        finish = minimum, maximum, _named("activation", activation, _ACTIVATIONS), slope
+        return Run(self, batch, x, bias, residual, y, finish)
 
 
 class Run:
@@ -276,13 +284,13 @@ class Run:
 
     def __init__(
         self, layer: Layer, batch: int, x: FloatArray, bias: FloatArray | None, residual: FloatArray | None, y: FloatArray,
-        minimum: float, maximum: float,
+        finish: tuple[float, float, int, float],
     ) -> None:  # fmt: skip
         self.y = y
         self.parts = layer.parts(batch) if batch else 0
         self._layer = layer
         self._arrays = x, bias, residual, y  # kept alive, for the addresses below
-        self._args = _Args(batch, *(None if a is None else a.ctypes.data for a in self._arrays), minimum, maximum)
+        self._args = _Args(batch, *(None if a is None else a.ctypes.data for a in self._arrays), *finish)
 
     def __call__(self, begin: int, end: int, workspace: NDArray[np.uint8]) -> None:
         """Compute the parts begin … end - 1, any ranges at the same time if each has a workspace of its own; KernelError."""
