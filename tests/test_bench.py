@@ -160,6 +160,7 @@ def test_the_script_of_the_benchmarks_folder(tmp_path, monkeypatch, engine):
     if engine not in usable_names():
         pytest.skip("no native library")
     file = Path(__file__).resolve().parents[1] / "benchmarks" / "models.py"
+    monkeypatch.syspath_prepend(file.parent)
     spec = spec_from_file_location("benchmark_models", file)
     script = module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, script)

@@ -16,7 +16,7 @@ from graphs import Array, conv_net, normal, run
 import ticketkit
 from ticketkit.errors import DataError, FormatError, KernelError, ModelError
 from ticketkit.exporters import export
-from ticketkit.lower import lower, operators, read
+from ticketkit.lower import lower, operators, read, storage
 from ticketkit.planner import plan
 from ticketkit.session import InferenceSession
 
@@ -92,6 +92,19 @@ def test_the_plan_of_a_plain_file(files: dict[str, Path], sparse: set[str]) -> N
 def test_a_dense_model_runs_as_it_is() -> None:
     session = InferenceSession(conv_net(0.0).SerializeToString())
     assert session.plan is not None and not session.plan.sparse
+    np.testing.assert_allclose(session.run(None, {"x": X})[0], run(conv_net(0.0), {"x": X})[0], rtol=1e-6)
+
+
+def test_a_dense_model_beyond_one_message_is_loaded_from_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "apart.onnx"
+    onnx.save(conv_net(0.0), path, save_as_external_data=True, location="apart.weights", size_threshold=0)
+    loaded, honest = [], onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda model, *rest, **more: loaded.append(model) or honest(model, *rest, **more))
+    InferenceSession(path)
+    monkeypatch.setattr(storage, "LIMIT", 1000)
+    session = InferenceSession(path)
+    assert session.plan is not None and not session.plan.sparse and loaded[-1] == str(path)
+    assert str(path) not in loaded[:-1] and any(isinstance(model, bytes) for model in loaded)
     np.testing.assert_allclose(session.run(None, {"x": X})[0], run(conv_net(0.0), {"x": X})[0], rtol=1e-6)
 
 

@@ -10,6 +10,7 @@ import pytest
 from graphs import conv_net, graph, node, normal, pruned, run, weights
 from onnx import numpy_helper
 
+from ticketkit.bench.subject import Subject
 from ticketkit.errors import ExportError
 from ticketkit.exporters import export, onnx_sparse_initializer
 from ticketkit.lower import lower, read, sparse
@@ -52,6 +53,14 @@ def test_it_is_a_source_too(file: Path, source: Path, tmp_path: Path) -> None:
     export(read(file), tmp_path / "in memory", check=False)
     x = {"x": normal(2, 3, 32, 32)}
     np.testing.assert_array_equal(InferenceSession(file, threads=1).run(None, x)[0], InferenceSession(source, threads=1).run(None, x)[0])
+
+
+def test_every_engine_of_bench_gets_a_file_it_knows(file: Path, source: Path, tmp_path: Path) -> None:
+    subject = Subject.open(file, 2, tmp_path)
+    plain = onnx.load(subject.plain)
+    assert subject.path == file and not plain.graph.sparse_initializer
+    assert {"conv1.weight", "conv2.weight", "down.weight"} <= set(weights(plain))
+    assert Subject.open(source, 2, tmp_path).plain == source
 
 
 def test_weights_of_zeros_only(tmp_path: Path) -> None:

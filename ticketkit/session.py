@@ -161,7 +161,7 @@ def _loadable(source: str | os.PathLike[str] | bytes) -> tuple[str | bytes, Plan
     if (stated := seal.unbroken(source)) is not None:
         return source if isinstance(source, bytes) else os.fspath(source), None, partial(_images_apart, source, stated)
     from ticketkit.exporters import get
-    from ticketkit.lower import lower, operators, read
+    from ticketkit.lower import lower, operators, read, storage
     from ticketkit.lower.batch import independent
     from ticketkit.planner import plan
 
@@ -173,8 +173,9 @@ def _loadable(source: str | os.PathLike[str] | bytes) -> tuple[str | bytes, Plan
         return model.SerializeToString(), None, apart(model)
     network = lower(model)
     chosen = plan(network)
-    if not chosen.sparse:
-        return model.SerializeToString(), chosen, None
+    if not chosen.sparse:  # a model too large for one message has its weights in files beside it, where onnxruntime finds them
+        fits = isinstance(source, bytes) or storage.nbytes(model) < storage.LIMIT
+        return model.SerializeToString() if fits else os.fspath(source), chosen, None
     return get("onnx").encode(network, chosen), chosen, apart(network.model)
 
 

@@ -12,7 +12,7 @@ from onnx import ModelProto, helper
 
 from ticketkit.bench.engines import Engine, Feeds
 from ticketkit.errors import ModelError
-from ticketkit.lower import half_weights, lower, operators, read
+from ticketkit.lower import half_weights, lower, operators, read, sparse
 from ticketkit.lower.graph import input_shapes
 from ticketkit.planner import Plan, plan
 
@@ -51,7 +51,8 @@ class Subject:
         """
         model, plain = read(path), path
         stored = len(list(operators.nodes(model)))
-        if stored or half_weights.is_narrow(model):  # else engines without constant folding would cast the weights in every run
+        # engines without constant folding would cast float16 weights in every run; none but onnxruntime knows sparse initializers
+        if stored or half_weights.is_narrow(model) or sparse.stored(path):
             model, plain = operators.expand(model), scratch / "plain.onnx"
             onnx.save(model, str(plain))
         feeds = make_feeds(model, batch)

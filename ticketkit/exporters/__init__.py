@@ -30,6 +30,7 @@ from ticketkit.errors import ExportError, FormatError, ModelError, TicketError
 from ticketkit.exporters import _source
 from ticketkit.exporters._check import Comparison, Runner, compare, difference, random_inputs
 from ticketkit.lower import Network, half_weights, lower, operators
+from ticketkit.lower.graph import Dim, dims
 from ticketkit.lower.storage import nbytes
 from ticketkit.planner import VALUES, Plan, plan
 from ticketkit.ticket import write_atomic
@@ -71,6 +72,7 @@ class ExportReport:
         plan: how each layer was treated.
         comparisons: largest difference and tolerance for each engine, from the original, with its weights rounded where they are stored
             as float16; empty if the check was left out.
+        inputs: their dimensions as the file declares them: numbers, names of free ones, None where it says nothing.
         rounding: what storing weights as float16 did; None where they are float32.
         speedup: over dense onnxruntime, measured here on one thread while tuning; None without it.
     """
@@ -82,6 +84,7 @@ class ExportReport:
     plan: Plan
     comparisons: tuple[Comparison, ...]
     speedup: float | None
+    inputs: dict[str, tuple[Dim, ...]]
     rounding: Rounding | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,6 +96,7 @@ class ExportReport:
         lines = [
             f"{self.path}: {self.bytes:,} bytes, {self.dense_bytes / self.bytes:.2f}x smaller than dense",
             f"{kept}, whole model {self.plan.model_sparsity:.2%}, {left / max(dense, 1):.1%} of {dense / 1e9:.3g} GFLOP left",
+            ", ".join(f"{name} [{', '.join('?' if d is None else str(d) for d in shape)}]" for name, shape in self.inputs.items()),
             *([f"{len(self.plan.sparse)} of {len(self.plan.choices)} layers run sparse"] if self.format in ("onnx", "torch") else []),
             *([f"{self.speedup:.2f}x faster than dense onnxruntime here, one thread"] if self.speedup else []),
             *(f"max |difference| in {c.engine}: {c.difference:.3g} (tolerance {c.tolerance:.3g})" for c in self.comparisons),
@@ -186,7 +190,8 @@ def export(
     except TicketError as error:
         raise ExportError(str(error)) from None
     rounded = Rounding(zeros, moved) if values == "fp16" else None
-    return ExportReport(os.fspath(path), format, len(data), nbytes(network.model), chosen, comparisons, speedup, rounded)
+    inputs = {info.name: dims(info) or () for info in network.model.graph.input}
+    return ExportReport(os.fspath(path), format, len(data), nbytes(network.model), chosen, comparisons, speedup, inputs, rounded)
 
 
 def examine(source: _source.Source, *, round: int | None = None, input_shape: Sequence[int] | None = None) -> Plan:

@@ -18,12 +18,11 @@ from ticketkit.lower import Fused, Graph, Network, half_weights, operators, read
 from ticketkit.lower.around import around
 from ticketkit.lower.layouts import layouts
 from ticketkit.lower.reader import digest, opset
-from ticketkit.lower.storage import nbytes
+from ticketkit.lower.storage import LIMIT, nbytes
 from ticketkit.planner import Plan
 
 SUFFIX = ".onnx"
 VALUES = ("fp32", "fp16")
-LIMIT = 2**31 - 2**20  # bytes of a protobuf message, with room for the hash
 
 
 def encode(network: Network, plan: Plan) -> bytes:

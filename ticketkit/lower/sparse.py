@@ -5,9 +5,11 @@ Every tool after the reader knows only dense ones, so reading makes them dense; 
 
 from __future__ import annotations
 
+import os
 from math import prod
 
 import numpy as np
+import onnx
 from onnx import ModelProto, SparseTensorProto, TensorProto, numpy_helper
 
 from ticketkit.errors import FormatError
@@ -27,6 +29,11 @@ def nbytes(tensor: TensorProto) -> int:
     """Bytes of values and positions of the sparse form."""
     weight = numpy_helper.to_array(tensor)
     return (int(weight.itemsize) + 8) * max(int(np.count_nonzero(weight)), 1)
+
+
+def stored(path: str | os.PathLike[str]) -> bool:
+    """Whether a file, which can be read, has sparse initializers."""
+    return bool(onnx.load(path, load_external_data=False).graph.sparse_initializer)
 
 
 def validate(model: ModelProto) -> None:

@@ -15,6 +15,7 @@ from onnx import ModelProto, TensorProto
 
 from ticketkit.lower.graph import SHAPE_DATA, declare
 
+LIMIT = 2**31 - 2**20  # bytes of a protobuf message, with room for a hash
 PAGE = 4096  # external data begins at multiples of it, as onnxruntime maps it into memory
 CPU = ("CPUExecutionProvider",)
 
