@@ -5,6 +5,7 @@
     python benchmarks/zoo.py --task detection --rounds 0            convert and compare only
     python benchmarks/zoo.py --resume                               go on where a run of this commit was stopped
     python benchmarks/zoo.py --list                                 the networks
+    python benchmarks/zoo.py --report > benchmarks/results/zoo.md   the latest rows as a table
 
 A network has random weights (He-initialised, BatchNorm with statistics of its own), pruned by global magnitude: every convolution and
 linear layer but the first and the last. Each row comes from a process of its own, so that one that dies is a row too. Rows are appended to
@@ -220,6 +221,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0.3, help="timed, per engine and round; default %(default)s")
     parser.add_argument("--results", type=Path, default=RESULTS, help="rows are appended to this file")
     parser.add_argument("--resume", action="store_true", help="skip what that file has of this commit and processor without an error")
+    parser.add_argument("--report", action="store_true", help="print the latest rows of that file as Markdown and stop")
     parser.add_argument("--list", action="store_true", help="print the networks and stop")
     return parser.parse_args(words)
 
@@ -230,6 +232,9 @@ def main(words: Sequence[str] | None = None) -> int:
     if chosen.list:
         for task, networks in TASKS.items():
             console.print(f"{task}: {', '.join(networks)}", highlight=False)
+        return 0
+    if chosen.report:
+        print(markdown(latest(rows_of(chosen.results))))
         return 0
     networks = chosen.network or [n for task in chosen.task or TASKS for n in TASKS[task]]
     wanted = [blank(*key) for key in product(networks, chosen.exporter, (percent / 100 for percent in chosen.sparsity))]
@@ -265,24 +270,53 @@ def blank(network: str, exporter: str, sparsity: float) -> Row:
 
 def earlier(path: Path, wanted: Sequence[Row]) -> dict[Key, Row]:
     """Rows in the file of the same commit and processor without an error, the latest of each."""
-    rows = [Row(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     same = {(start.key, start.commit, start.cpu) for start in wanted}
-    return {row.key: row for row in rows if (row.key, row.commit, row.cpu) in same and row.error is None}
+    return {row.key: row for row in rows_of(path) if (row.key, row.commit, row.cpu) in same and row.error is None}
+
+
+def rows_of(path: Path) -> list[Row]:
+    """The rows of a file, none where there is no file."""
+    return [Row(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def latest(rows: Sequence[Row]) -> list[Row]:
+    """The last row of each network, exporter and sparsity, in the order of the table of networks."""
+    found, networks = {row.key: row for row in rows}, sum(TASKS.values(), ())
+    return sorted(found.values(), key=lambda row: (networks.index(row.network), row.exporter, row.sparsity))
+
+
+COLUMNS = ("network", "exporter", "zeros", "sparse", "FLOPs", "checker", "ticketkit", "stock", "openvino", "file", "× ort", "× best")
+LEGEND = (
+    "sparse: layers that run sparse, of all convolutions and products; FLOPs: left; differences of outputs are fractions of the largest, of"
+    " openvino on the plain file; file: dense over sparse bytes; speed of ticketkit over dense onnxruntime, and over the faster of"
+    " onnxruntime and OpenVINO, batch 1, one thread"
+)
+
+
+def cells(row: Row) -> list[str]:
+    """A row at a glance, by `COLUMNS`."""
+    apart = [_share(row.differences.get(engine), row.scale) for engine in ("ticketkit", "onnxruntime", "openvino")]
+    ratios = [f"{ratio:.2f}" if ratio else "-" for ratio in (row.file_ratio, row.speedup_onnxruntime, row.speedup)]
+    passes = "passes" if {*row.checker.values()} == {"passes"} else "fails"
+    left = f"{(row.flops_left or 0) / (row.flops_dense or 1):.0%}"
+    return [row.network, row.exporter, f"{row.sparsity:.0%}", f"{row.sparse_layers}/{row.layers}", left, passes, *apart, *ratios]
 
 
 def summary(rows: Sequence[Row]) -> Table:
-    """What there is to know of each network that was converted, at a glance."""
-    grid = Table("network", "exporter", "zeros", "sparse", "checker", "ticketkit", "stock", "openvino", "file", "× ort", "× best", box=None)
-    grid.title, grid.title_justify = "differences are of the largest output; file: dense over sparse bytes", "left"
+    """What there is to know of each network that was converted, for a terminal."""
+    grid = Table(*COLUMNS, box=None, caption=LEGEND, caption_justify="left")
     for column in grid.columns:
         column.no_wrap = True
     for row in rows:
-        name = [row.network, row.exporter, f"{row.sparsity:.0%}"]
-        apart = [_share(row.differences.get(engine), row.scale) for engine in ("ticketkit", "onnxruntime", "openvino")]
-        passes = "passes" if {*row.checker.values()} == {"passes"} else "fails"
-        ratios = [f"{ratio:.2f}" if ratio else "-" for ratio in (row.file_ratio, row.speedup_onnxruntime, row.speedup)]
-        grid.add_row(*name, f"{row.sparse_layers}/{row.layers}", passes, *apart, *ratios)
+        grid.add_row(*cells(row))
     return grid
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The same as a page, with what failed below."""
+    lines = [list(COLUMNS), ["---"] * len(COLUMNS), *(cells(row) for row in rows if row.error is None)]
+    failed = [f"- {row.network}, {row.exporter}, {row.sparsity:.0%}: {row.error}" for row in rows if row.error is not None]
+    return "\n".join([LEGEND + ".", "", *(f"| {' | '.join(line)} |" for line in lines), *([""] if failed else []), *failed])
 
 
 def _share(difference: float | None, scale: float | None) -> str:

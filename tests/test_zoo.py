@@ -120,3 +120,9 @@ def test_runs_are_taken_up_where_they_stopped(tmp_path, monkeypatch, capsys):
     rows = [json.loads(line) for line in (tmp_path / "rows" / "zoo.jsonl").read_text().splitlines()]
     assert len(rows) == 3 and all(set(row) == {field.name for field in dataclasses.fields(zoo.Row)} for row in rows)
     assert zoo.main(["--list"]) == 0 and SMALL in capsys.readouterr().out
+    assert zoo.main([*words, "--report"]) == 0
+    legend, _, head, rule, *lines = capsys.readouterr().out.splitlines()
+    assert legend.startswith("sparse: layers") and len(head.split("|")) == len(rule.split("|")) == len(zoo.COLUMNS) + 2
+    assert lines == [
+        f"| {SMALL} | torchscript | 90% | 1/3 | 0% | fails | 5e-07 | - | - | - | 0.50 | - |", "", f"- {SMALL}, dynamo, 90%: onnx: it failed",
+    ]  # fmt: skip
