@@ -10,10 +10,10 @@ from ticketkit.errors import TicketkitError
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Exits with the number that `main` gives; with one line for an expected failure and for Ctrl-C, of which scripts keep their rows."""
+    """Exits with the number that `main` gives, 0 for none; with one line for an expected failure and for Ctrl-C."""
     try:
         sys.exit(main())
     except TicketkitError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; the rows so far are kept")
+        sys.exit("interrupted")

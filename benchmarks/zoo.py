@@ -281,7 +281,8 @@ def rows_of(path: Path) -> list[Row]:
 
 def latest(rows: Sequence[Row]) -> list[Row]:
     """The last row of each network, exporter and sparsity, in the order of the table of networks."""
-    found, networks = {row.key: row for row in rows}, sum(TASKS.values(), ())
+    networks = sum(TASKS.values(), ())
+    found = {row.key: row for row in rows if row.network in networks}
     return sorted(found.values(), key=lambda row: (networks.index(row.network), row.exporter, row.sparsity))
 
 

@@ -1,4 +1,5 @@
 // Which ISAs this build has, which of them this machine can run, and the calls through the table.
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 
@@ -108,7 +109,7 @@ tk_status tk_run(const void* packed, const tk_args* args, int64_t part_begin, in
   const Packed* const p = static_cast<const Packed*>(packed);
   if (!p || p->magic != kMagic) return TK_BAD_BUFFER;
   if (!args || !args->x || !args->y || !(args->min <= args->max)) return TK_BAD_ARGUMENT;
-  if (args->activation < TK_IDENTITY || args->activation > TK_SILU || args->slope != args->slope) return TK_BAD_ARGUMENT;
+  if (args->activation < TK_IDENTITY || args->activation > TK_SILU || !std::isfinite(args->slope)) return TK_BAD_ARGUMENT;
   if (args->batch < 1 || args->batch > INT32_MAX) return TK_BAD_ARGUMENT;
   if (part_begin < 0 || part_end < part_begin || part_end > tk_parts(packed, args->batch)) return TK_BAD_ARGUMENT;
   if (tk_workspace_bytes(packed) > 0 && (!workspace || reinterpret_cast<uintptr_t>(workspace) % TK_ALIGNMENT != 0)) return TK_BAD_BUFFER;

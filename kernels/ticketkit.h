@@ -27,7 +27,7 @@ extern "C" {
 
 typedef enum tk_status {
   TK_OK = 0,
-  TK_BAD_ARGUMENT = 1,  // a null pointer, or a count, range or bound outside what the call allows
+  TK_BAD_ARGUMENT = 1,  // a null pointer, or a count, range, bound, activation or slope outside what the call allows
   TK_BAD_SHAPE =
       2,  // a dimension below 1 or above 2^24 (2^31 - 1 for rows and cols), a window that does not fit, or a weight of another shape
   TK_BAD_VALUES = 3,       // a weight that is NaN or infinite
@@ -91,8 +91,8 @@ typedef enum tk_layout {
 // Pixels of a tile of that layout in an image of so many; 0 where the layout is NCHW, and where an argument is out of range.
 TK_API int64_t tk_tile_pixels(tk_layout layout, int64_t pixels, int32_t isa);
 
-// y[n,m,oh,ow] = clip(bias[m] + residual[n,m,oh,ow] + sum_{c,i,j} w[m,c,i,j] * x[n, c, oh*stride_h - pad_top + i*dilation_h,
-//                                                                                  ow*stride_w - pad_left + j*dilation_w])
+// y[n,m,oh,ow] = act(clip(bias[m] + residual[n,m,oh,ow] + sum_{c,i,j} w[m,c,i,j] * x[n, c, oh*stride_h - pad_top + i*dilation_h,
+//                                                                                      ow*stride_w - pad_left + j*dilation_w]))
 // with x zero outside the image; groups = 1. Or depthwise, groups = in_channels = out_channels: w is [out_channels, 1, kernel_h, kernel_w],
 // so cols = kernel_h * kernel_w, and c is m alone. out_h = (in_h + pad_top + pad_bottom - dilation_h*(kernel_h-1) - 1) / stride_h + 1, out_w alike.
 typedef struct tk_conv2d {
@@ -126,17 +126,17 @@ TK_API tk_status tk_conv2d_packed_bytes(const tk_conv2d* shape, const tk_csr* we
 TK_API tk_status tk_conv2d_pack(const tk_conv2d* shape, const tk_csr* weight, tk_format format, int32_t isa, const tk_tuning* tuning,
                                 void* packed, size_t packed_bytes);
 
-// y[n,m] = clip(bias[m] + residual[n,m] + sum_k w[m,k] * x[n,k])
+// y[n,m] = act(clip(bias[m] + residual[n,m] + sum_k w[m,k] * x[n,k]))
 TK_API tk_status tk_gemm_packed_bytes(const tk_csr* weight, tk_format format, int32_t isa, size_t* packed_bytes);
 TK_API tk_status tk_gemm_pack(const tk_csr* weight, tk_format format, int32_t isa, void* packed, size_t packed_bytes);
 
-// What is applied to an output z once it is clipped: nothing; z or slope * z where z < 0; z * min(max(z / 6 + 1 / 2, 0), 1); z / (1 + exp(-z)).
+// act(z), of an output z that is clipped: z; z, but slope * z where z < 0; z * min(max(z / 6 + 1 / 2, 0), 1); z / (1 + exp(-z)).
 typedef enum tk_activation { TK_IDENTITY = 0, TK_LEAKY_RELU = 1, TK_HARD_SWISH = 2, TK_SILU = 3 } tk_activation;
 
 // What one run reads and writes. x: [batch, in_channels, in_h, in_w] or [batch, cols]; y and residual: [batch, out_channels, out_h,
-// out_w] or [batch, rows], each image in the shape's layout; bias: [out_channels] or [rows]. bias and residual may be null (zero). y may equal residual and overlaps
-// nothing else. The result is clipped to [min, max], min <= max: -INFINITY and INFINITY for none, 0 and INFINITY for ReLU. NaN stays NaN.
-// batch is 1 … 2^31 - 1.
+// out_w] or [batch, rows], each image in the shape's layout; bias: [out_channels] or [rows]. bias and residual may be null (zero). y may
+// equal residual and overlaps nothing else. The sum is clipped to [min, max], min <= max: -INFINITY and INFINITY for none, 0 and INFINITY
+// for ReLU; then act is applied. NaN stays NaN. batch is 1 … 2^31 - 1.
 typedef struct tk_args {
   int64_t batch;
   const float* x;
@@ -145,7 +145,7 @@ typedef struct tk_args {
   float* y;
   float min, max;
   tk_activation activation;
-  float slope;  // of TK_LEAKY_RELU
+  float slope;  // of TK_LEAKY_RELU; finite, whatever the activation
 } tk_args;
 
 // The work of one run is tk_parts() independent parts. Neighbouring parts share set-up, so give each thread one contiguous range.

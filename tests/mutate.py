@@ -30,9 +30,9 @@ def model(seed: int = 0) -> onnx.ModelProto:
     window = {"strides": [1, 1], "pads": [1, 1, 1, 1], "dilations": [1, 1]}
     initializers, nodes = [], []
     for name, w, x, y, window_of, epilogue in (
-        ("first", weight(OUT, CHANNELS, 3, 3), "x", "a", window, operators.Epilogue("", "Relu")),
+        ("first", weight(OUT, CHANNELS, 3, 3), "x", "a", window, operators.Epilogue("", "LeakyRelu", (0.2,))),
         ("second", weight(OUT, OUT, 3, 3), "a", "b", window, operators.Epilogue("a", "Clip", (-1.0, 1.0))),
-        ("head", weight(4, OUT * SIZE * SIZE), "flat", "y", {}, operators.Epilogue()),
+        ("head", weight(4, OUT * SIZE * SIZE), "flat", "y", {}, operators.Epilogue("", "Silu")),
     ):
         parts = {**gaps.pack(w), "bias": rng.standard_normal(len(w)).astype(np.float32)}
         initializers += [numpy_helper.from_array(array, f"{name}.{part}") for part, array in parts.items()]

@@ -62,6 +62,9 @@ def both(layer: Layer, batch: int, name: str, cuts: int = 1) -> None:
     y[...] = given
     layer.run(x, bias, y, **bounds, activation=name, slope=SLOPE, out=y)
     assert close(y, z, name) and (guarded[:33] == 77).all() and (guarded[-32:] == 77).all()
+    y[...] = np.nan
+    layer.run(x, activation=name, slope=SLOPE, out=y, cuts=bounds["cuts"])
+    assert close(y, layer.run(x), name) and (guarded[:33] == 77).all() and (guarded[-32:] == 77).all(), "nothing else in the way"
 
 
 def sparse(*shape: int) -> np.ndarray:
@@ -95,10 +98,7 @@ def test_convolutions(isa: str, name: str, form: str, shape: str) -> None:
 def test_depthwise_convolutions(isa: str, name: str, side: int, kernel: int, stride: int) -> None:
     pad = kernel // 2
     shape = ConvShape(11, side, side, 11, kernel, kernel, stride, stride, pad, pad, pad, pad, groups=11)
-    layer = native.conv2d(shape, csr.pack(sparse(11, 1, kernel, kernel)), isa=isa)
-    both(layer, 2, name, cuts=3)
-    x = np.random.default_rng(0).standard_normal((2, 11, side, side)).astype(np.float32)
-    assert close(layer.run(x, activation=name, slope=SLOPE), layer.run(x), name), "without a residual vectors overlap"
+    both(native.conv2d(shape, csr.pack(sparse(11, 1, kernel, kernel)), isa=isa), 2, name, cuts=3)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -109,9 +109,13 @@ def test_products(isa: str, name: str, form: str, batch: int) -> None:
     both(native.gemm(83, 301, csr.pack(sparse(83, 301)), format=form, isa=isa), batch, name, cuts=4)
 
 
-def test_an_unknown_activation_is_refused() -> None:
+def test_an_unknown_activation_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = identity_layer(ISAS[0]), np.zeros((1, 1), np.float32)
     with pytest.raises(KernelError, match="unknown activation 'gelu'; expected one of identity"):
         layer.run(x, activation="gelu")
+    for slope in (np.nan, np.inf):
+        with pytest.raises(KernelError, match="run: "):
+            layer.run(x, activation="leaky_relu", slope=slope)
+    monkeypatch.setitem(native._ACTIVATIONS, "gelu", len(oracle.ACTIVATIONS))
     with pytest.raises(KernelError, match="run: "):
-        layer.run(x, activation="leaky_relu", slope=np.nan)
+        layer.run(x, activation="gelu")

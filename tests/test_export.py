@@ -73,7 +73,7 @@ def test_every_target_holds_the_network_and_its_zeros(target: str, source: Path,
     for name, weight in back.items():
         np.testing.assert_array_equal(weight == 0, pruned_weights[f"{name}.weight"] == 0)
     assert json.loads(json.dumps(report.to_dict()))["bytes"] == report.bytes
-    assert report.inputs == {"x": ("N", 3, 32, 32)} and "x [N, 3, 32, 32]" in str(report)
+    assert report.inputs == {"x": ("N", 3, 32, 32)} and ("x [N, 3, 32, 32]" in str(report)) == target.startswith(("onnx", "torch"))
     assert "max |difference|" in str(report) and f"{report.bytes:,}" in str(report)
     assert [p.name for p in tmp_path.iterdir()] == [path.name], "no temporary file may stay"
 

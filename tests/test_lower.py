@@ -10,7 +10,9 @@ from graphs import Array, conv_net, everything_sparse, graph, node, normal, prun
 from onnx import ModelProto, helper, numpy_helper
 
 from ticketkit.errors import FormatError, ModelError
-from ticketkit.lower import lower, operators, read
+from ticketkit.formats import gaps
+from ticketkit.lower import Graph, lower, operators, read
+from ticketkit.lower.fuse import fuse
 from ticketkit.planner import plan
 
 W = pruned((8, 8, 3, 3), 0.8)
@@ -164,6 +166,7 @@ def test_automatic_padding(mode: str, stride: int, kernel: int) -> None:
 # Fusing -----------------------------------------------------------------------------------------------------------------------
 
 CONV = node("Conv", "x w b", "c", **PAD)
+SILU = [node("Sigmoid", "c", "s"), node("Mul", "c s", "r")]
 OTHER, OTHER_OF_M = node("Conv", "x w2", "d", **PAD), node("Conv", "m w2", "e", **PAD)
 LIMITS = {"lo": np.float32(0), "hi": np.float32(6)}
 # nodes after the convolution `c` -> outputs of the graph -> suffix and output name of each sparse node, in order
@@ -246,11 +249,14 @@ def test_a_residual_that_is_equal_by_accident_stays(batch: int | str, height: in
         np.testing.assert_allclose(run(data, {"x": x, "z": z}, True)[0], run(data, {"x": x, "z": z})[0], atol=1e-4)
 
 
-def test_a_result_read_by_a_subgraph_is_kept() -> None:
-    branches = [helper.make_graph([node(op, "c", out)], "b", [], [helper.make_tensor_value_info(out, 1, [None] * 4)])
+@pytest.mark.parametrize(
+    ("tail", "read_by_it"), [([node("Relu", "c", "r")], "c"), (SILU, "c"), (SILU, "s")], ids=["relu", "silu", "its gate"]
+)
+def test_a_result_read_by_a_subgraph_is_kept(tail: list[onnx.NodeProto], read_by_it: str) -> None:
+    branches = [helper.make_graph([node(op, read_by_it, out)], "b", [], [helper.make_tensor_value_info(out, 1, [None] * 4)])
                 for op, out in (("Neg", "n"), ("Abs", "a"))]  # fmt: skip
     choose = helper.make_node("If", ["bool"], ["y"], then_branch=branches[0], else_branch=branches[1])
-    nodes = [CONV, node("Relu", "c", "r"), node("Cast", "which", "bool", to=onnx.TensorProto.BOOL), choose]
+    nodes = [CONV, *tail, node("Cast", "which", "bool", to=onnx.TensorProto.BOOL), choose]
     model = graph(nodes, {**X, "which": []}, ["r", "y"], {"w": W, "b": BIAS})
     data = everything_sparse(model)
     assert [(n.op_type.removeprefix("SparseConv"), n.output[0]) for n in sparse_nodes(data)] == [("", "c")]
@@ -271,6 +277,49 @@ def test_shared_weights_and_biases_are_stored_once() -> None:
 def sparse_file() -> ModelProto:
     nodes = [CONV, node("Add", "c x", "s"), node("Clip", "s lo hi", "y")]
     return onnx.load_from_string(everything_sparse(graph(nodes, X, ["y"], {"w": W, "b": BIAS, **LIMITS})))
+
+
+@pytest.mark.parametrize("residual", ["", "x"])
+@pytest.mark.parametrize("activation", operators.ACTIVATIONS)
+def test_every_activation_means_the_same_everywhere(activation: str, residual: str) -> None:
+    """As standard operators, as a function body, and in the library."""
+    numbers = {"Clip": (-0.5, 0.75), "LeakyRelu": (0.3,)}.get(activation, ())
+    parts = {**gaps.pack(W), "b": BIAS}
+    epilogue, window = operators.Epilogue(residual, activation, numbers), {"strides": [1, 1], "pads": [1] * 4, "dilations": [1, 1]}
+    made = operators.make_node(operators.CONV, ["x", *parts], "y", "c", W.shape, window, epilogue, operators.Execution())
+    infos = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, X["x"]) for name in ("x", "y")]
+    model = helper.make_model(
+        helper.make_graph([made], "test", infos[:1], infos[1:], [numpy_helper.from_array(array, name) for name, array in parts.items()]),
+        functions=[operators.function(made.op_type, 17)],
+        opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid(operators.DOMAIN, operators.VERSION)],
+        ir_version=operators.IR_VERSION,
+    )
+    feeds, tolerance = {"x": normal(2, 8, 10, 10)}, 2 * oracle.tolerance(W, normal(2, 8, 10, 10), BIAS)
+    z = oracle.conv2d(feeds["x"], W, BIAS, feeds["x"] if residual else None, pads=(1, 1, 1, 1))
+    exact = {
+        "None": z, "Relu": np.maximum(z, 0), "Clip": np.clip(z, -0.5, 0.75), "LeakyRelu": oracle.ACTIVATIONS["leaky_relu"](z, 0.3),
+        "HardSwish": oracle.ACTIVATIONS["hard_swish"](z, 0), "Silu": oracle.ACTIVATIONS["silu"](z, 0),
+    }[activation]  # fmt: skip
+    for got in (run(operators.expand(model), feeds), run(model, feeds), run(model, feeds, True)):
+        assert np.abs(got[0] - exact).max() <= tolerance
+    again = lower(read(operators.expand(model).SerializeToString()))
+    assert [f.epilogue.activation for f in again.fuse(again.layers)] == [activation]
+
+
+@pytest.mark.parametrize(
+    ("alpha", "domain", "activation"),
+    [(1 / 6, "", "HardSwish"), (None, "", "None"), (0.3, "", "None"), (1 / 6, "foreign", "None")],
+)
+def test_a_hard_swish_of_two_nodes(alpha: float | None, domain: str, activation: str) -> None:
+    """As it is, before onnxruntime's passes rewrite anything."""
+    gate = helper.make_node("HardSigmoid", ["c"], ["s"], domain=domain, **({} if alpha is None else {"alpha": alpha}))
+    for other in ("", "foreign") if activation == "HardSwish" else ("",):
+        network = lower(graph([CONV, node("Relu", "c", "y")], X, ["y"], {"w": W, "b": BIAS}))
+        product = helper.make_node("Mul", ["s", "c"], ["y"], domain=other)
+        del network.model.graph.node[1:]
+        network.model.graph.node.extend([gate, product])
+        (fused,) = fuse(Graph(network.model), network.layers, [])
+        assert fused.epilogue.activation == ("None" if other else activation)
 
 
 def test_expand_restores_the_dense_graph() -> None:
@@ -318,8 +367,9 @@ MALFORMED = [
     (attribute("pads", [-1, 0, 0, 0]), "pads: expected 4 ints of at least 0"),
     (attribute("dilations", None), "dilations: expected 2"),
     (attribute("activation", "Gelu"), "activation: expected one of None, Relu, Clip, LeakyRelu, HardSwish, Silu"),
-    (attribute("min", None), "min, max: expected floats in this order, got None, 6.0"),
-    (attribute("min", 9.0), "min, max: expected floats in this order, got 9.0, 6.0"),
+    (attribute("min", None), "min, max: expected two floats in this order, got None, 6.0"),
+    (attribute("min", 9.0), "min, max: expected two floats in this order, got 9.0, 6.0"),
+    (attribute("activation", "LeakyRelu"), "alpha: expected a finite float, got None"),
     (initializer("gaps", np.zeros(115, np.uint16)), "gaps: expected positive"),
     (initializer("gaps", np.full(115, 65535, np.uint16)), "gaps: expected positions below 576"),
     (initializer("gaps", np.ones(3, np.uint16)), "gaps: expected 115 entries"),

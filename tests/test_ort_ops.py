@@ -54,7 +54,7 @@ def test_same_outputs_as_the_stock_runtime(threads: int, batch: int) -> None:
 
 def test_the_library_really_runs(tmp_path: os.PathLike[str]) -> None:
     """With the library the nodes stay; without it the function bodies are inlined and folded to plain Conv and Gemm."""
-    for sparse, expected in ((True, {"SparseConvRelu", "SparseConvAddClip", "SparseGemm"}), (False, {"Conv", "Gemm"})):
+    for sparse, expected in ((True, {"SparseConvLeakyRelu", "SparseConvAddClip", "SparseGemmSilu"}), (False, {"Conv", "Gemm"})):
         options = onnxruntime.SessionOptions()
         options.optimized_model_filepath = os.path.join(tmp_path, f"{sparse}.onnx")
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
@@ -147,6 +147,19 @@ def test_a_name_that_contradicts_the_attributes_is_refused() -> None:
     model = mutate.model()
     next(a for a in model.graph.node[1].attribute if a.name == "max").f = -2.0
     assert "min <= max" in (mutate.survives(model) or "")
+
+
+@pytest.mark.parametrize("alpha", [np.nan, np.inf, None])
+def test_a_slope_must_be_there_and_finite(alpha: float | None) -> None:
+    model = mutate.model()
+    (at,) = (i for i, a in enumerate(model.graph.node[0].attribute) if a.name == "alpha")
+    if alpha is None:
+        del model.graph.node[0].attribute[at]
+    else:
+        model.graph.node[0].attribute[at].f = alpha
+    assert "alpha" in (mutate.survives(model) or "")
+    with pytest.raises(FormatError, match="first: alpha: expected a finite float, got"):
+        operators.decode(model)
 
 
 def test_mutations() -> None:

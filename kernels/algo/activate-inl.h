@@ -1,7 +1,7 @@
 // What follows the clip: the activations that are no bounds. Included by isa/*.cc inside the ISA's namespace, after `Vec`.
 
-// 1 + exp(-x) for x in [-88, 87], to 3 units in the last place: exp(-x) = 2^n exp(-r) with |r| <= log(2) / 2, where exp(-r) = 1 - r + r^2 q(r)
-// and q is the polynomial of degree 3 with the least relative error there, 1e-7. Division and fused multiply-adds are what it costs.
+// 1 + exp(-x) for x in [-88, 87], to 3 units in the last place: exp(-x) = 2^n exp(-r) with |r| <= log(2) / 2, where exp(-r) =
+// 1 - r + r^2 q(r) and q is the polynomial of degree 3 with the least relative error there, 1e-7.
 static inline Vec one_plus_exp_minus(const Vec& x) {
   constexpr float kQ[] = {0.499992013f, -0.166671336f, 0.0418944992f, -0.00831205118f};
   constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to whole numbers, which then are the low bits of the sum
@@ -34,8 +34,8 @@ static inline void each(float* y, int64_t n, F f) {
   if (const int32_t left = static_cast<int32_t>(n - i); left > 0) f(Vec::load_first(y + i, left)).store_first(y + i, left);
 }
 
-// y[0 … n) to its activation, in place: by those who have just written it, so that it is in L1. Apart, to keep it out of their loops.
-__attribute__((noinline)) static void activate(tk_activation activation, float slope, float* y, int64_t n) {
+// Apart, to keep it out of the callers' loops.
+__attribute__((noinline)) static void activate_each(tk_activation activation, float slope, float* y, int64_t n) {
   switch (activation) {
     case TK_IDENTITY:
       return;
@@ -46,4 +46,9 @@ __attribute__((noinline)) static void activate(tk_activation activation, float s
     case TK_SILU:
       return each(y, n, [](const Vec& z) { return silu(z); });
   }
+}
+
+// y[0 … n) to its activation, in place: by those who have just written it, so that it is in L1.
+static inline void activate(tk_activation activation, float slope, float* y, int64_t n) {
+  if (activation != TK_IDENTITY) activate_each(activation, slope, y, n);
 }

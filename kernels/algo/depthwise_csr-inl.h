@@ -98,12 +98,12 @@ static void depthwise_channel(const DepthwiseTile& t, const DepthwiseChannel& c)
     if (c.residual) {
       TK_UNROLL for (int v = 0; v < V; ++v) acc[v] = acc[v] + Vec::load_first(c.residual + at[v].to, at[v].count);
     }
-    TK_UNROLL for (int v = 0; v < V; ++v) acc[v] = clip(acc[v], lo, hi);
     TK_UNROLL for (int v = 0; v < V; ++v) {
+      const Vec y = clip(acc[v], lo, hi);
       if (at[v].count == Vec::kLanes) {
-        acc[v].store(c.y + at[v].to);
+        y.store(c.y + at[v].to);
       } else {
-        acc[v].store_first(c.y + at[v].to, at[v].count);
+        y.store_first(c.y + at[v].to, at[v].count);
       }
     }
   }
@@ -138,7 +138,7 @@ static void depthwise_csr_f32(const Packed& p, const tk_args& a, int64_t part_be
         copy_plane(fill, p.shape.stride_w, a.x + plane * pixels, t.reads, static_cast<int>(t.read_count), t.masks, t.low, t.high, t.strips);
         depthwise_by_count(t, {p.values() + at, p.offsets() + at, row_ptr[m + 1] - at, a.bias ? a.bias[m] : 0.0f, a.y + to,
                                a.residual ? a.residual + to : nullptr, a.min, a.max});
-        if (a.activation != TK_IDENTITY) activate_tile(t, a, a.y + to);
+        activate_tile(t, a, a.y + to);
       }
     }
     part = image_end;

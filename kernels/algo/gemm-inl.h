@@ -121,7 +121,6 @@ static void transpose_y(const Gemm& g, int64_t begin, int64_t end) {
         }
       }
     }
-    if (g.a.activation == TK_IDENTITY) continue;
     for (int64_t i = 0; i < count; ++i) activate(g.a.activation, g.a.slope, g.a.y + (g.n + lane + i) * rows + begin, end - begin);
   }
 }

@@ -47,7 +47,7 @@ static inline void write_row(const Tile& t, int64_t m, float* y, const float* re
       }
     }
     TK_UNROLL for (int v = 0; v < V; ++v) { clip(acc[v] + Vec::load(padded + v * Vec::kLanes), lo, hi).store(padded + v * Vec::kLanes); }
-    if (t.activation != TK_IDENTITY) activate(t.activation, t.slope, padded, V * Vec::kLanes);
+    activate(t.activation, t.slope, padded, V * Vec::kLanes);
     for (const Span *s = t.spans, *end = s + t.span_count; s < end; ++s) copy(padded + s->at, s->count, t.y + s->to + m * s->stride);
     return;
   }
@@ -64,7 +64,7 @@ static inline void write_row(const Tile& t, int64_t m, float* y, const float* re
   } else {
     end.store_first(y + kLast, t.last_lanes);
   }
-  if (t.activation != TK_IDENTITY) activate(t.activation, t.slope, y, kLast + t.last_lanes);
+  activate(t.activation, t.slope, y, kLast + t.last_lanes);
 }
 
 // First and last block or neither: one loop each. `Rows::of<V, First, Last>` is a format's loop.

@@ -116,7 +116,7 @@ void run(Input& in, const void* packed, int64_t x_floats, int64_t y_floats, int6
   const Memory workspace = aligned(workspace_bytes);
   const int64_t parts = tk_parts(packed, batch), cut = in.within(0, parts);
   const tk_status status = tk_run(packed, &args, 0, parts, workspace.get());
-  TK_REQUIRE(status == (args.min <= args.max && args.slope == args.slope ? TK_OK : TK_BAD_ARGUMENT));
+  TK_REQUIRE(status == (args.min <= args.max && std::isfinite(args.slope) ? TK_OK : TK_BAD_ARGUMENT));
   if (status != TK_OK) return;
   std::vector<float> again(y.size());
   if (has_residual && in_place) again = residual;

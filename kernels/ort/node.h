@@ -1,8 +1,8 @@
 // A node of the graph: inputs and attributes of the operators, checked, the packed forms of its weight, and how it runs.
 //
 //   inputs      X f32, values f32 [nnz], gaps u16 [nnz] (see tk_gaps_decode), B f32 [out], and for SparseConvAdd* Z f32, the residual
-//   attributes  weight_shape, activation "None" | "Relu" | "Clip" (with min, max) | "LeakyRelu" (with alpha, its slope) | "HardSwish" | "Silu"; SparseConv: strides [2], pads [4], dilations [2];
-//               group, 1 or, depthwise, the number of channels; format "csr" | "bsr" | SparseGemm: "bsr1x4", the form to pack in; SparseConv: tuning [6]: lanes,
+//   attributes  weight_shape; activation "None" | "Relu" | "Clip" (with min, max) | "LeakyRelu" (with alpha, its slope) | "HardSwish" |
+//               "Silu"; SparseConv: strides [2], pads [4], dilations [2]; group, 1 or, depthwise, the number of channels; format "csr" | "bsr" | SparseGemm: "bsr1x4", the form to pack in; SparseConv: tuning [6]: lanes,
 //               height and width of the image it holds for, and tile_vectors, block_channels, group_tiles (tk_tuning); SparseConv:
 //               x_layout and y_layout "planes" | "csr" | "bsr" (tk_layout) of X, and of Y and Z: where another node of this library is
 //               at the other end. The last five may be absent.
@@ -13,6 +13,7 @@
 #define TICKETKIT_ORT_NODE_H_
 
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
@@ -213,7 +214,7 @@ class Node {
     }
     if (std::strcmp(*suffix ? suffix : "None", name) != 0)
       fail(kInvalidGraph, std::string("activation: ") + name + " contradicts the operator's name");
-    if (slope_ != slope_) fail(kInvalidGraph, "alpha: expected a number, got NaN");
+    if (!std::isfinite(slope_)) fail(kInvalidGraph, "alpha: expected a finite number, got " + std::to_string(slope_));
     if (!(min_ <= max_)) fail(kInvalidGraph, "min, max: expected min <= max, got " + std::to_string(min_) + " and " + std::to_string(max_));
   }
 

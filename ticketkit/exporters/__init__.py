@@ -72,7 +72,7 @@ class ExportReport:
         plan: how each layer was treated.
         comparisons: largest difference and tolerance for each engine, from the original, with its weights rounded where they are stored
             as float16; empty if the check was left out.
-        inputs: their dimensions as the file declares them: numbers, names of free ones, None where it says nothing.
+        inputs: dimensions of the network's inputs: numbers, names of free ones, None where it says nothing of one; None for unknown rank.
         rounding: what storing weights as float16 did; None where they are float32.
         speedup: over dense onnxruntime, measured here on one thread while tuning; None without it.
     """
@@ -84,7 +84,7 @@ class ExportReport:
     plan: Plan
     comparisons: tuple[Comparison, ...]
     speedup: float | None
-    inputs: dict[str, tuple[Dim, ...]]
+    inputs: dict[str, tuple[Dim, ...] | None]
     rounding: Rounding | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class ExportReport:
         lines = [
             f"{self.path}: {self.bytes:,} bytes, {self.dense_bytes / self.bytes:.2f}x smaller than dense",
             f"{kept}, whole model {self.plan.model_sparsity:.2%}, {left / max(dense, 1):.1%} of {dense / 1e9:.3g} GFLOP left",
-            ", ".join(f"{name} [{', '.join('?' if d is None else str(d) for d in shape)}]" for name, shape in self.inputs.items()),
+            *([_shapes_text(self.inputs)] if self.format.startswith("onnx") or self.format == "torch" else []),
             *([f"{len(self.plan.sparse)} of {len(self.plan.choices)} layers run sparse"] if self.format in ("onnx", "torch") else []),
             *([f"{self.speedup:.2f}x faster than dense onnxruntime here, one thread"] if self.speedup else []),
             *(f"max |difference| in {c.engine}: {c.difference:.3g} (tolerance {c.tolerance:.3g})" for c in self.comparisons),
@@ -105,6 +105,11 @@ class ExportReport:
             lines.append(f"weights rounded to float16: {self.rounding.zeros:,} more are zero")
             lines[-1] += "" if self.rounding.difference is None else f", outputs move by up to {self.rounding.difference:.3g}"
         return "\n".join(lines)
+
+
+def _shapes_text(inputs: Mapping[str, tuple[Dim, ...] | None]) -> str:
+    texts = {name: "?" if shape is None else ", ".join("?" if d is None else str(d) for d in shape) for name, shape in inputs.items()}
+    return "inputs: " + ", ".join(f"{name} [{text}]" for name, text in texts.items())
 
 
 def names() -> list[str]:
@@ -190,7 +195,7 @@ def export(
     except TicketError as error:
         raise ExportError(str(error)) from None
     rounded = Rounding(zeros, moved) if values == "fp16" else None
-    inputs = {info.name: dims(info) or () for info in network.model.graph.input}
+    inputs = {info.name: dims(info) for info in network.model.graph.input}
     return ExportReport(os.fspath(path), format, len(data), nbytes(network.model), chosen, comparisons, speedup, inputs, rounded)
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import numpy as np
-from onnx import NodeProto, helper
+from onnx import NodeProto
 
 from ticketkit.lower.graph import Graph
 from ticketkit.lower.layers import Layer, Shapes
@@ -57,7 +58,6 @@ def fuse(graph: Graph, layers: Iterable[Layer], shapes: Sequence[Shapes]) -> lis
         if following and following[0] not in taken and images and (residual := _residual(graph, following[1], output, shapes)):
             absorbed.append(following[0])
             output = following[1].output[0]
-            following = graph.only_reader(output)
         if then := _activation(graph, output):
             activation, parameters, last = then
             absorbed += [at for at in graph.consumers[output] if at != last] + [last]
@@ -69,44 +69,49 @@ def fuse(graph: Graph, layers: Iterable[Layer], shapes: Sequence[Shapes]) -> lis
 
 def _residual(graph: Graph, node: NodeProto, product: str, shapes: Sequence[Shapes]) -> str:
     """The other operand of an Add that needs no broadcasting, whatever the free dimensions are; "" if there is none."""
-    if node.op_type != "Add" or node.domain not in ("", "ai.onnx"):
+    if node.op_type != "Add" or not _is_standard(node):
         return ""
     other = node.input[1] if node.input[0] == product else node.input[0]
     same = all(known.get(other) == known.get(product) is not None for known in shapes)
     return other if same and other not in graph.constants else ""
 
 
-def _activation(graph: Graph, value: str) -> tuple[str, tuple[float, ...], int] | None:
-    """Name and parameters of the activation that `value` goes through, and the position of its last node; None if it has other readers.
+def _is_standard(node: NodeProto) -> bool:
+    return node.domain in ("", "ai.onnx")
 
-    Two nodes make a SiLU, value * Sigmoid(value), and a HardSwish, value * HardSigmoid(value), where both of them read the value.
-    """
+
+def _activation(graph: Graph, value: str) -> tuple[str, tuple[float, ...], int] | None:
+    """Name and parameters of the activation that `value` goes through, and the position of its last node; None if it has other readers."""
     if following := graph.only_reader(value):
-        at, node = following
-        found = _one_node(graph, node, value)
-        return found and (*found, at)
+        found = _one_node(graph, following[1], value)
+        return found and (*found, following[0])
     readers = graph.consumers.get(value, [])
-    if len(readers) != 2 or min(readers) < 0:
-        return None
-    (gate, product), nodes = readers, graph.model.graph.node
-    if nodes[product].op_type != "Mul" or not (then := graph.only_reader(nodes[gate].output[0])) or then[0] != product:
-        return None
-    if nodes[gate].op_type == "Sigmoid":
-        return "Silu", (), product
-    options = {a.name: helper.get_attribute_value(a) for a in nodes[gate].attribute}
-    if nodes[gate].op_type == "HardSigmoid" and options.get("beta", 0.5) == 0.5 and abs(6 * options.get("alpha", 0.2) - 1) < 1e-6:
-        return "HardSwish", (), product
+    if len(readers) == 2 and min(readers) >= 0 and (name := _two_nodes(graph, *readers)):
+        return name, (), readers[1]
     return None
+
+
+def _two_nodes(graph: Graph, gate: int, product: int) -> str:
+    """Name of the activation that two nodes make of a value which both of them read, the second by its product with the first: SiLU with a
+    Sigmoid, HardSwish with a HardSigmoid of x / 6 + 1 / 2; "" if they make none."""
+    first, second = graph.model.graph.node[gate], graph.model.graph.node[product]
+    then = graph.only_reader(first.output[0])
+    if not (_is_standard(first) and _is_standard(second)) or second.op_type != "Mul" or not then or then[0] != product:
+        return ""
+    options = {a.name: a.f for a in first.attribute}
+    sixth = abs(6 * options.get("alpha", 0.2) - 1) < 1e-6 and options.get("beta", 0.5) == 0.5
+    return "Silu" if first.op_type == "Sigmoid" else "HardSwish" if first.op_type == "HardSigmoid" and sixth else ""
 
 
 def _one_node(graph: Graph, node: NodeProto, value: str) -> tuple[str, tuple[float, ...]] | None:
     """Name and parameters of a node that is an activation: Relu, HardSwish, LeakyRelu, or Clip of `value` with constant bounds."""
-    if node.domain not in ("", "ai.onnx"):
+    if not _is_standard(node):
         return None
-    if node.op_type in ("Relu", "HardSwish"):
+    if node.op_type in ("Relu", "HardSwish"):  # of which onnxruntime 1.31 writes HardSwish out before it comes here
         return node.op_type, ()
     if node.op_type == "LeakyRelu":
-        return "LeakyRelu", (next((a.f for a in node.attribute if a.name == "alpha"), 0.01),)
+        alpha = next((a.f for a in node.attribute if a.name == "alpha"), 0.01)
+        return ("LeakyRelu", (alpha,)) if isfinite(alpha) else None
     if node.op_type != "Clip" or node.input[0] != value:
         return None
     bounds = [-UNBOUNDED, UNBOUNDED]

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import isnan, prod
+from math import isfinite, isnan, prod
 from typing import Any
 
 import numpy as np
@@ -140,6 +140,7 @@ def function(name: str, opset: int) -> FunctionProto:
     nodes = [
         _constant("weight_shape", "value_ints", "weight_shape", AttributeProto.INTS),
         _constant("numel", "value_ints", "numel", AttributeProto.INTS),
+        *(_constant(key, "value_float", key, AttributeProto.FLOAT) for key in ACTIVATIONS["Clip"] if activation == "Clip"),
         helper.make_node("Constant", [], ["axis"], value_int=0),
         helper.make_node("ConstantOfShape", ["numel"], ["zeros"], value=helper.make_tensor("zero", onnx.TensorProto.FLOAT, [1], [0.0])),
         helper.make_node("Cast", ["gaps"], ["steps"], to=onnx.TensorProto.INT64),
@@ -157,11 +158,9 @@ def function(name: str, opset: int) -> FunctionProto:
     nodes.append(product)
     if residual:
         nodes.append(helper.make_node("Add", ["product", "Z"], ["sum"]))
-    if activation == "Clip":
-        nodes[-1:-1] = [_constant(key, "value_float", key, AttributeProto.FLOAT) for key in ACTIVATIONS["Clip"]]
-    for kind, back, options in STEPS.get(activation, [(activation, (1,), {})]) or [("Identity", (1,), {})]:
-        operands = [nodes[-each].output[0] for each in back] + [*ACTIVATIONS["Clip"]] * (kind == "Clip")
-        nodes.append(helper.make_node(kind, operands, [kind.lower()], **options))
+    if activation == "None":
+        nodes.append(helper.make_node("Identity", [nodes[-1].output[0]], ["identity"]))
+    _activate(nodes, activation, "")
     if activation == "LeakyRelu":
         nodes[-1].attribute.append(_reference("alpha", "alpha", AttributeProto.FLOAT))
     nodes[-1].output[0] = "Y"
@@ -267,8 +266,11 @@ def _epilogue(attributes: dict[str, Any], residual: str) -> Epilogue:
     activation = _name(attributes, "activation", tuple(ACTIVATIONS))
     keys = ACTIVATIONS[activation]
     values = tuple(value for key in keys if isinstance(value := attributes.get(key), float) and not isnan(value))
-    if len(values) < len(keys) or list(values) != sorted(values):
-        raise FormatError(f"{', '.join(keys)}: expected floats in this order, got {', '.join(str(attributes.get(key)) for key in keys)}")
+    got = f"got {', '.join(str(attributes.get(key)) for key in keys)}"
+    if activation == "Clip" and (len(values) < len(keys) or values[0] > values[1]):
+        raise FormatError(f"min, max: expected two floats in this order, {got}")
+    if activation == "LeakyRelu" and not (values and isfinite(values[0])):
+        raise FormatError(f"alpha: expected a finite float, {got}")
     return Epilogue(residual, activation, values)
 
 
@@ -291,13 +293,20 @@ def _expanded(node: NodeProto, sparse: Sparse, model: ModelProto) -> list[NodePr
     parameters = dict(zip(ACTIVATIONS[epilogue.activation], epilogue.parameters, strict=True))
     if epilogue.activation == "Clip":  # whose bounds are inputs
         constants |= {f"{base}.{key}": np.array(value, np.float32) for key, value in parameters.items()}
-    for kind, back, fixed in STEPS.get(epilogue.activation, [(epilogue.activation, (1,), {})]):
-        operands = [made[-each].output[0] for each in back] + [f"{base}.{key}" for key in parameters if kind == "Clip"]
-        attributes = {**fixed, **parameters} if kind != "Clip" else {}
-        made.append(helper.make_node(kind, operands, [f"{base}.{kind}"], name=f"{base}.{kind}", **attributes))
+    _activate(made, epilogue.activation, f"{base}.")
+    if epilogue.activation == "LeakyRelu":
+        made[-1].attribute.append(helper.make_attribute("alpha", parameters["alpha"]))
     made[-1].output[0] = node.output[0]
     model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in constants.items())
     return made
+
+
+def _activate(nodes: list[NodeProto], activation: str, prefix: str) -> None:
+    """Appends what the activation of the last node's output is in standard operators, their names and outputs beginning with the prefix.
+    The bounds of Clip are the tensors {prefix}min and {prefix}max; LeakyRelu has yet to get its alpha."""
+    for kind, back, options in STEPS.get(activation, [(activation, (1,), {})]):
+        operands = [nodes[-each].output[0] for each in back] + [prefix + key for key in ACTIVATIONS["Clip"] if kind == "Clip"]
+        nodes.append(helper.make_node(kind, operands, [prefix + kind], name=prefix + kind, **options))
 
 
 def _array(field: str, name: str, constants: dict[str, onnx.TensorProto]) -> Array:

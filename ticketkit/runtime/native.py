@@ -245,7 +245,8 @@ class Layer:
         bias is f32 [out_shape[0]], residual has the shape of the result; `cuts` are the part numbers at which the work is split into
         separate calls (the result does not depend on them). `out` may be the residual, but not overlap x. `workspace` is scratch of
         `aligned(workspace_bytes)`, to be given where runs are timed: fresh memory costs page faults. Raises KernelError for a wrong
-        shape or dtype, an `out` that cannot be written, minimum > maximum, an unknown activation.
+        shape or dtype, an `out` that cannot be written, minimum > maximum, an unknown activation, a slope
+        that is not finite.
         """
         bounds = {"minimum": minimum, "maximum": maximum}
         prepared = self.prepare(x, bias, residual, **bounds, activation=activation, slope=slope, out=out)
