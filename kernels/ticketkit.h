@@ -144,8 +144,8 @@ typedef struct tk_args {
   const float* residual;
   float* y;
   float min, max;
-  tk_activation activation;
-  float slope;  // of TK_LEAKY_RELU; finite, whatever the activation
+  int32_t activation;  // a tk_activation
+  float slope;         // of TK_LEAKY_RELU; finite, whatever the activation
 } tk_args;
 
 // The work of one run is tk_parts() independent parts. Neighbouring parts share set-up, so give each thread one contiguous range.

@@ -77,7 +77,7 @@ struct Case {
     if (status != TK_OK) return INFINITY;
     void* const workspace = aligned(tk_workspace_bytes(packed));
     std::vector<float> y(static_cast<size_t>(y_count), NAN), x_tiles, z_tiles;
-    tk_args args = {head[1], x, bias, residual, y.data(), limits[1], limits[2], static_cast<tk_activation>(limits[3]), limits[4]};
+    tk_args args = {head[1], x, bias, residual, y.data(), limits[1], limits[2], static_cast<int32_t>(limits[3]), limits[4]};
     const int64_t pixels = shape.in_h * shape.in_w, y_pixels = y_count / (head[1] * rows);
     const int64_t x_tile = tk_tile_pixels(layout, pixels, isa), y_tile = tk_tile_pixels(layout, y_pixels, isa);
     if (layout != TK_PLANES) {

@@ -35,10 +35,8 @@ static inline void each(float* y, int64_t n, F f) {
 }
 
 // Apart, to keep it out of the callers' loops.
-__attribute__((noinline)) static void activate_each(tk_activation activation, float slope, float* y, int64_t n) {
+__attribute__((noinline)) static void activate_each(int32_t activation, float slope, float* y, int64_t n) {
   switch (activation) {
-    case TK_IDENTITY:
-      return;
     case TK_LEAKY_RELU:
       return each(y, n, [slope](const Vec& z) { return leaky_relu(z, Vec::set(slope)); });
     case TK_HARD_SWISH:
@@ -49,6 +47,6 @@ __attribute__((noinline)) static void activate_each(tk_activation activation, fl
 }
 
 // y[0 … n) to its activation, in place: by those who have just written it, so that it is in L1.
-static inline void activate(tk_activation activation, float slope, float* y, int64_t n) {
+static inline void activate(int32_t activation, float slope, float* y, int64_t n) {
   if (activation != TK_IDENTITY) activate_each(activation, slope, y, n);
 }

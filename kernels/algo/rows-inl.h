@@ -24,7 +24,7 @@ struct Tile {
   int32_t last_lanes;  // without spans: lanes of the last vector that are inside the output, 1 … Vec::kLanes
   bool first, last;    // first block: start from the bias; last block: add the residual, clip, write y, activate
   float min, max;
-  tk_activation activation;
+  int32_t activation;
   float slope;
 };
 

@@ -111,12 +111,13 @@ void run(Input& in, const void* packed, int64_t x_floats, int64_t y_floats, int6
       TK_IDENTITY, 0.0f};
   if (in.flip()) args.min = in.number();
   if (in.flip()) args.max = in.number();
-  if (in.flip()) args.activation = static_cast<tk_activation>(in.within(0, 3));
+  if (in.flip()) args.activation = static_cast<int32_t>(in.within(-1, 4));
   if (in.flip()) args.slope = in.number();
   const Memory workspace = aligned(workspace_bytes);
   const int64_t parts = tk_parts(packed, batch), cut = in.within(0, parts);
   const tk_status status = tk_run(packed, &args, 0, parts, workspace.get());
-  TK_REQUIRE(status == (args.min <= args.max && std::isfinite(args.slope) ? TK_OK : TK_BAD_ARGUMENT));
+  const bool valid = args.min <= args.max && std::isfinite(args.slope) && args.activation >= TK_IDENTITY && args.activation <= TK_SILU;
+  TK_REQUIRE(status == (valid ? TK_OK : TK_BAD_ARGUMENT));
   if (status != TK_OK) return;
   std::vector<float> again(y.size());
   if (has_residual && in_place) again = residual;

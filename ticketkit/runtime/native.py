@@ -96,7 +96,7 @@ class _Tuning(c.Structure):
 
 class _Args(c.Structure):
     _fields_ = [("batch", c.c_int64), ("x", c.c_void_p), ("bias", c.c_void_p), ("residual", c.c_void_p), ("y", c.c_void_p),
-                ("min", c.c_float), ("max", c.c_float), ("activation", c.c_int), ("slope", c.c_float)]  # fmt: skip
+                ("min", c.c_float), ("max", c.c_float), ("activation", c.c_int32), ("slope", c.c_float)]  # fmt: skip
 
 
 _SIGNATURES: dict[str, tuple[Any, Sequence[Any]]] = {
