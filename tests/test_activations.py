@@ -48,7 +48,7 @@ def test_the_ends(isa: str) -> None:
         assert np.isnan(y[0]) and y[1] == INFINITY, name
 
 
-def both(layer: Layer, batch: int, name: str, cuts: int = 1) -> None:
+def check_activated(layer: Layer, batch: int, name: str, cuts: int = 1) -> None:
     """A run with the activation is the run without it, activated; the residual is overwritten in place."""
     rng = np.random.default_rng(batch)
     x = 2 * rng.standard_normal((batch, *layer.in_shape)).astype(np.float32)
@@ -88,8 +88,8 @@ SHAPES = {
 def test_convolutions(isa: str, name: str, form: str, shape: str) -> None:
     s = SHAPES[shape]
     parts = csr.pack(sparse(s.out_channels, s.in_channels, s.kernel_h, s.kernel_w))
-    both(native.conv2d(s, parts, format=form, isa=isa), 2, name, cuts=3)
-    both(native.conv2d(s, parts, format=form, isa=isa, tuning=Tuning(tile_vectors=2, block_channels=3)), 1, name)
+    check_activated(native.conv2d(s, parts, format=form, isa=isa), 2, name, cuts=3)
+    check_activated(native.conv2d(s, parts, format=form, isa=isa, tuning=Tuning(tile_vectors=2, block_channels=3)), 1, name)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -98,7 +98,7 @@ def test_convolutions(isa: str, name: str, form: str, shape: str) -> None:
 def test_depthwise_convolutions(isa: str, name: str, side: int, kernel: int, stride: int) -> None:
     pad = kernel // 2
     shape = ConvShape(11, side, side, 11, kernel, kernel, stride, stride, pad, pad, pad, pad, groups=11)
-    both(native.conv2d(shape, csr.pack(sparse(11, 1, kernel, kernel)), isa=isa), 2, name, cuts=3)
+    check_activated(native.conv2d(shape, csr.pack(sparse(11, 1, kernel, kernel)), isa=isa), 2, name, cuts=3)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -106,7 +106,7 @@ def test_depthwise_convolutions(isa: str, name: str, side: int, kernel: int, str
 @pytest.mark.parametrize("form", ["csr", "bsr", "bsr1x4"])
 @pytest.mark.parametrize("batch", [1, 3, 50])
 def test_products(isa: str, name: str, form: str, batch: int) -> None:
-    both(native.gemm(83, 301, csr.pack(sparse(83, 301)), format=form, isa=isa), batch, name, cuts=4)
+    check_activated(native.gemm(83, 301, csr.pack(sparse(83, 301)), format=form, isa=isa), batch, name, cuts=4)
 
 
 def test_an_unknown_activation_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
