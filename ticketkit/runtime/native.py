@@ -228,28 +228,17 @@ class Layer:
     def run(
         self,
         x: FloatArray,
-        bias: FloatArray | None = None,
-        residual: FloatArray | None = None,
-        *,
-        minimum: float = -np.inf,
-        maximum: float = np.inf,
-        activation: str = "identity",
-        slope: float = 0.0,
+        *operands: FloatArray | None,
         cuts: Sequence[int] = (),
-        out: FloatArray | None = None,
         workspace: NDArray[np.uint8] | None = None,
+        **finish: Any,
     ) -> FloatArray:
-        """act(clip(op(x) + bias + residual)) for x f32 [batch, *in_shape]; returns f32 [batch, *out_shape], written to `out` if given.
+        """`prepare` with the other arguments, and the whole of it run at once; returns f32 [batch, *out_shape].
 
-        The activation is "identity", "leaky_relu" with that slope, "hard_swish" or "silu" (tk_activation in ticketkit.h).
-        bias is f32 [out_shape[0]], residual has the shape of the result; `cuts` are the part numbers at which the work is split into
-        separate calls (the result does not depend on them). `out` may be the residual, but not overlap x. `workspace` is scratch of
-        `aligned(workspace_bytes)`, to be given where runs are timed: fresh memory costs page faults. Raises KernelError for a wrong
-        shape or dtype, an `out` that cannot be written, minimum > maximum, an unknown activation, a slope
-        that is not finite.
+        `cuts` are the part numbers at which the work is split into separate calls (the result does not depend on them). `workspace` is
+        scratch of `aligned(workspace_bytes)`, to be given where runs are timed: fresh memory costs page faults.
         """
-        bounds = {"minimum": minimum, "maximum": maximum}
-        prepared = self.prepare(x, bias, residual, **bounds, activation=activation, slope=slope, out=out)
+        prepared = self.prepare(x, *operands, **finish)
         scratch = aligned(self.workspace_bytes) if workspace is None else workspace
         for begin, end in itertools.pairwise([0, *sorted(cuts), prepared.parts]):
             prepared(begin, end, scratch)
@@ -267,7 +256,14 @@ class Layer:
         slope: float = 0.0,
         out: FloatArray | None = None,
     ) -> Run:
-        """The same run, not yet begun, for callers that share its parts among threads. Raises as `run` does."""
+        """act(clip(op(x) + bias + residual)) for x f32 [batch, *in_shape], f32 [batch, *out_shape], ready to run: to be written to `out`
+        if given, by callers that share its parts among threads, or at once by `run`.
+
+        The activation is "identity", "leaky_relu" with that slope, "hard_swish" or "silu" (tk_activation in ticketkit.h). bias is f32
+        [out_shape[0]], residual has the shape of the result; `out` may be the residual, but not overlap x. Raises KernelError for a wrong
+        shape or dtype, an `out` that cannot be written, an unknown activation; running it for minimum > maximum and a slope that is not
+        finite.
+        """
         batch = x.shape[0] if x.ndim else 0
         y = np.empty((batch, *self.out_shape), np.float32) if out is None else out
         _float_array(x, (batch, *self.in_shape), "x")
