@@ -43,7 +43,7 @@ def data_dir() -> Path:
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of an uninterrupted search on digits with the settings of SMALL_RUN."""
-    find = pytest.importorskip("ticketkit.search.imp").find
+    find = pytest.importorskip("ticketkit.search.find").find
     return Path(find("digits", out=tmp_path_factory.mktemp("run") / "digits", **SMALL_RUN).path)
 
 

@@ -15,7 +15,7 @@ pytest.importorskip("torch")
 
 from ticketkit import masks
 from ticketkit.errors import TicketError
-from ticketkit.search.imp import find, load_round
+from ticketkit.search.find import find, load_round
 from ticketkit.search.progress import Progress
 from ticketkit.ticket import read_safetensors
 

@@ -22,7 +22,7 @@ torch = pytest.importorskip("torch")
 from ticketkit import masks, models, tasks  # noqa: E402
 from ticketkit.errors import TicketError  # noqa: E402
 from ticketkit.search import setup  # noqa: E402
-from ticketkit.search.imp import find, load_round  # noqa: E402
+from ticketkit.search.find import find, load_round  # noqa: E402
 from ticketkit.search.progress import Progress  # noqa: E402
 from ticketkit.search.rewind import step_of  # noqa: E402
 from ticketkit.search.rundir import RunDir  # noqa: E402

@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: E402
 
 from ticketkit import masks, models  # noqa: E402
 from ticketkit.errors import ModelError  # noqa: E402
-from ticketkit.search.imp import find  # noqa: E402
+from ticketkit.search.find import find  # noqa: E402
 from ticketkit.search.train import Settings, Training  # noqa: E402
 from ticketkit.tasks import Batches, Data  # noqa: E402
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ticketkit.exporters import export
     from ticketkit.runtime.native import library_path as get_library_path
     from ticketkit.runtime.ort import register
-    from ticketkit.search.imp import find
+    from ticketkit.search.find import find
     from ticketkit.session import InferenceSession
     from ticketkit.ticket import Ticket
 
@@ -29,7 +29,7 @@ _HOME = {  # public name -> (module, name there)
     "TicketkitError": ("ticketkit.errors", "TicketkitError"),
     "estimate": ("ticketkit.estimator", "estimate"),
     "export": ("ticketkit.exporters", "export"),
-    "find": ("ticketkit.search.imp", "find"),
+    "find": ("ticketkit.search.find", "find"),
     "get_library_path": ("ticketkit.runtime.native", "library_path"),
     "register": ("ticketkit.runtime.ort", "register"),
 }

@@ -174,7 +174,7 @@ def capture_ticket(ticket: Ticket, input_shape: Sequence[int] | None = None) -> 
         raise TicketError("the ticket does not name its model and head; export the run directory instead")
     if shape is None:
         raise TicketError("the ticket does not state its input shape; give it (--input-shape 3,32,32)")
-    module = models.build(ticket.meta["model"], classes, shape[-2])
+    module = models.build_for(ticket.meta["model"], weights, classes, shape[-2])
     models.assign(module, weights)
     return capture(module, shape)
 

@@ -92,7 +92,7 @@ def find(task: str, as_json: bool, **options: Any) -> None:
     """
     # Read when torch is first loaded: threads that wait sleep and do not spin, twice as fast where others use the cores too.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from ticketkit.search.imp import find as search
+    from ticketkit.search.find import find as search
     from ticketkit.search.progress import choose, table
 
     result = search(task, **options, progress=choose())

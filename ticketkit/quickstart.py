@@ -149,10 +149,10 @@ def _require_torch() -> None:
 
 
 def _find(out: Path, budget: Budget) -> str:
-    from ticketkit.search import imp, progress
+    from ticketkit.search import find, progress
 
     shown = progress.choose()
-    found = imp.find(
+    found = find.find(
         "digits", rounds=budget.rounds, rate=budget.rate, steps=budget.steps, threads=1, out=out / "digits", progress=shown
     )
     dense, ticket = found.rows[0], found.rows[-1]

@@ -120,7 +120,7 @@ def _from_run(path: Path, round: int | None, input_shape: Sequence[int] | None) 
         raise ModelError(f"{path}: a folder without run.json; expected a run directory of `ticketkit find`, a ticket or an .onnx file")
     _require_torch(path)
     from ticketkit.capture import capture
-    from ticketkit.search.imp import load_round
+    from ticketkit.search.find import load_round
 
     module, config, _ = load_round(path, round)
     model = capture(module, _image(input_shape or config["input_shape"]))

@@ -15,7 +15,8 @@ lottery-ticket papers); heads, norms and biases are not.
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -29,7 +30,10 @@ from torch import nn
 from ticketkit.errors import ModelError
 from ticketkit.models._checkpoint import Source, fit, load_checkpoint, state_sha256
 
-__all__ = ["Source", "arrays", "assign", "build", "family", "fit", "load_checkpoint", "load_weights", "names", "prunable", "rule"]
+__all__ = [
+    "Source", "arrays", "assign", "build", "build_for", "evaluating", "family", "features", "fit", "load_checkpoint", "load_weights",
+    "names", "projection", "prunable", "rule", "set_head",
+]  # fmt: skip
 
 
 @cache
@@ -105,6 +109,43 @@ def prunable(name: str, module: nn.Module) -> list[str]:
     spared = [*family(name).STEM, *family(name).HEAD]
     convolutions = [path for path, layer in module.named_modules() if isinstance(layer, nn.Conv2d)]
     return [f"{path}.weight" for path in convolutions if not any(path == s or path.startswith(f"{s}.") for s in spared)]
+
+
+def features(name: str, module: nn.Module) -> int:
+    """Width of what the network's head sees."""
+    head = module.get_submodule(family(name).HEAD[0])
+    return int(next(parameter for parameter in head.parameters() if parameter.dim() == 2).shape[1])
+
+
+def set_head(name: str, module: nn.Module, head: nn.Module) -> None:
+    """Put another head in the place of the network's own, under the same name."""
+    path, _, leaf = family(name).HEAD[0].rpartition(".")
+    setattr(module.get_submodule(path), leaf, head)
+
+
+def projection(width: int, dim: int) -> nn.Sequential:
+    """The head of contrastive learning: [N, width] -> [N, dim] through one hidden layer (Chen et al. 2020, section 4.2)."""
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, dim))
+
+
+def build_for(name: str, state: Mapping[str, NDArray[Any]], num_classes: int, image_size: int | None = None) -> nn.Module:
+    """`build` with the head that a state dict has: its own, or a `projection`."""
+    module, head = build(name, num_classes, image_size), family(name).HEAD[0]
+    if f"{head}.0.weight" in state and f"{head}.2.weight" in state:
+        set_head(name, module, projection(features(name, module), len(state[f"{head}.2.weight"])))
+    return module
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards each part is in the mode it was in, frozen ones too."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def arrays(module: nn.Module) -> dict[str, NDArray[Any]]:

@@ -2,40 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-NAME = "supervised"
+from ticketkit import models
+from ticketkit.pretrain._objective import Gather
+from ticketkit.tasks import Crops, Split, Task, evaluation_batches
 
 
-def loss(module: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy and the logits [N, classes] it came from; images float32 [N, 3, H, W], labels int64 [N]."""
-    logits: Tensor = module(images)
-    return F.cross_entropy(logits, labels), logits
+@dataclass(frozen=True)
+class Supervised:
+    """Cross-entropy on the task's classes."""
+
+    name: ClassVar[str] = "supervised"
+    metric: ClassVar[str] = "accuracy"
+
+    def head(self, features: int, num_classes: int) -> None:
+        """The network keeps its own."""
+
+    def views(self, task: Task) -> Crops:
+        """One view: a random crop of the padded image, mirrored by chance."""
+        return Crops(task)
+
+    def begin(self, network: nn.Module) -> nn.Module:
+        """Nothing to keep."""
+        return nn.Module()
+
+    def twins(self, state: nn.Module) -> Sequence[nn.Module]:
+        """None."""
+        return ()
+
+    def loss(
+        self, network: nn.Module, state: nn.Module, views: tuple[Tensor, ...], labels: Tensor, gather: Gather | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy, and how many images are classified rightly; one view float32 [N, 3, H, W], labels int64 [N]."""
+        logits: Tensor = network(views[0])
+        return F.cross_entropy(logits, labels), (logits.detach().argmax(1) == labels).sum()
+
+    def after_step(self, network: nn.Module, state: nn.Module) -> None:
+        """Nothing follows."""
+
+    def evaluate(self, network: nn.Module, task: Task, split: Split, num_classes: int) -> tuple[float, float]:
+        """(top-1 accuracy, mean cross-entropy) over the centre of every image; the accuracy over all images, not a mean over classes."""
+        device = next(network.parameters()).device
+        score, total = MulticlassAccuracy(num_classes, average="micro").to(device), torch.zeros((), dtype=torch.float64)
+        with models.evaluating(network), torch.inference_mode():
+            for images, labels in evaluation_batches(task, split):
+                here = labels.to(device)
+                logits = network(images.to(device))
+                score.update(logits, here)
+                total += F.cross_entropy(logits, here, reduction="sum").cpu().double()
+        return float(score.compute()), float(total / max(len(split), 1))
 
 
-def metric(num_classes: int) -> Metric:
-    """Top-1 accuracy, a fraction in [0, 1] over all images (not a mean over classes)."""
-    return MulticlassAccuracy(num_classes, average="micro")
-
-
-def evaluate(module: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], num_classes: int) -> tuple[float, float]:
-    """(metric, mean loss) over all images, in evaluation mode; the module's mode is put back afterwards."""
-    was_training = module.training
-    module.eval()
-    device = next(module.parameters()).device
-    score, total, count = metric(num_classes).to(device), torch.zeros((), dtype=torch.float64), 0
-    with torch.inference_mode():
-        for images, labels in batches:
-            here = labels.to(device)
-            batch_loss, logits = loss(module, images.to(device), here)
-            score.update(logits, here)
-            total += batch_loss.cpu().double() * len(here)
-            count += len(here)
-    module.train(was_training)
-    return float(score.compute()), float(total / max(count, 1))
+OBJECTIVE = Supervised

@@ -1,15 +1,16 @@
-"""Where a round starts from. Rewinding resets *all* state: weights, norm statistics, heads, momentum and the random numbers.
+"""Where a round starts from. Rewinding resets *all* state: weights, norm statistics, heads, momentum, MoCo's queue, random numbers.
 
     pretrained   θ_p    the given weights (P1, Algorithm 1)
     init         θ_0    the random initialisation of the same seed; the dense reference still starts from the given weights
-    early        θ_5%   the weights after 5 % of the dense reference's steps; later rounds train the other 95 %
+    early        θ_5%   all state after 5 % of the dense reference's steps; later rounds train the other 95 %
+    lr                  learning-rate rewinding (Renda et al. 2020, section 3): the weights stay as trained, the schedule starts again
 """
 
 from __future__ import annotations
 
 from ticketkit.errors import TicketError
 
-POINTS = ("pretrained", "init", "early")
+POINTS = ("pretrained", "init", "early", "lr")
 EARLY = 0.05
 
 

@@ -4,7 +4,9 @@
     rounds.jsonl          one line for each finished round; a round counts as finished once its line is there
     round_KK/             ticket.safetensors (masks, rewind weights), weights.safetensors (trained, pruned weights exactly zero)
     rewind.safetensors    the weights each round starts from
+    pretrained.safetensors, early.safetensors    θ_p where that is another; all state after 5 % of round 0, for --rewind early
     state.safetensors     the round in progress
+    logs/                 curves, if asked for
 """
 
 from __future__ import annotations
@@ -57,8 +59,13 @@ ROW: Keys = {
     **dict.fromkeys(("metric", "sparsity", "sparsity_model", "kept", "seconds"), ("a number", _number)),
 }
 # May differ when a run is taken up again: how far it goes, where its files lie, and what only describes it.
-FREE = {"rounds", "threads", "version", "weights", "weights_remarks", "classes"}
-EARLIER = {"granularity": "1x1"}  # what runs of versions without these options did
+FREE = {
+    "rounds", "threads", "version", "weights", "weights_remarks", "classes", "devices", "nodes", "strategy", "accelerator", "compile",
+}  # fmt: skip
+EARLIER = {  # what runs of versions without these options did
+    "granularity": "1x1", "method": "imp", "method_options": {}, "levels": [], "objective_options": {}, "accumulate": 1,
+    "precision": "32-true",
+}  # fmt: skip
 INTACT = "restore the file or choose another --out; the rounds' own folders are still there"
 
 
@@ -69,13 +76,20 @@ class RunDir:
         self.path = Path(path)
 
     @contextmanager
-    def claim(self, config: Mapping[str, Any]) -> Iterator[None]:
+    def claim(self, config: Mapping[str, Any], first: bool = True) -> Iterator[None]:
         """Make the directory for a run of this configuration, or check that it holds one; nobody else may write it meanwhile.
+
+        Args:
+            config: what defines the run.
+            first: False on the other processes of a run, which only read.
 
         Raises:
             TicketError: it holds a run of another configuration (the fields are named) or other files, another process is at
                 work in it, or it cannot be written.
         """
+        if not first:
+            yield
+            return
         self._check(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -165,6 +179,20 @@ class RunDir:
     def save_rewind(self, weights: Arrays) -> None:
         """Keep the weights that rounds rewind to."""
         write_atomic(self.path / "rewind.safetensors", to_safetensors(weights))
+
+    def save_early(self, state: Arrays, weights: Arrays) -> None:
+        """Keep all state of the dense reference at its early point, and the weights that rounds then rewind to."""
+        write_atomic(self.path / "early.safetensors", to_safetensors(state))
+        self.save_rewind(weights)
+
+    def early(self) -> Arrays:
+        """What `save_early` kept."""
+        return self._weights(self.path / "early.safetensors")
+
+    def save_pretrained(self, weights: Arrays) -> None:
+        """Keep θ_p, the dense reference's start, where rounds rewind to something else."""
+        if not (self.path / "pretrained.safetensors").exists():
+            write_atomic(self.path / "pretrained.safetensors", to_safetensors(weights))
 
     def has_rewind(self) -> bool:
         """True once the weights that rounds rewind to are known."""

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from torch import nn
 
-from ticketkit import __version__, models
+from ticketkit import __version__, models, pretrain
 from ticketkit import masks as algebra
 from ticketkit.errors import TicketError
 from ticketkit.models import Source
-from ticketkit.pretrain import supervised
+from ticketkit.pretrain import Objective
+from ticketkit.search.methods import Method
+from ticketkit.search.progress import Progress
+from ticketkit.search.ranks import Machine, Ranks
 from ticketkit.search.rundir import Arrays, RunDir
 from ticketkit.search.train import SCHEDULES, Settings
 from ticketkit.tasks import Data, Recipe, Task
 
-ROUNDS = 3
+ROUNDS = 3  # of imp, where nothing is said
+LEVEL = 0.9  # of the other methods
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,33 @@ def rounds(count: int | None, sparsity: float | None, rate: float) -> int:
     return (ROUNDS if count is None else count) if sparsity is None else algebra.rounds_to(sparsity, rate)
 
 
+def levels(method: Method, count: int | None, sparsity: float | Sequence[float] | None, rate: float) -> list[float]:
+    """The sparsity of each round, 0 for the dense reference first."""
+    several = [] if sparsity is None else [sparsity] if isinstance(sparsity, float | int) else list(sparsity)
+    for level in several:
+        if not 0.0 <= level < 1.0:
+            raise TicketError(f"target sparsity: expected 0 <= s < 1, got {level:g}")
+    if method.name == "imp" and len(several) > 1:
+        raise TicketError(f"--sparsity: imp reaches one level after another; expected the last alone, got {len(several)} fractions")
+    if method.name == "imp" or count is not None:
+        return [1.0 - (1.0 - rate) ** k for k in range(rounds(count, several[0] if several else None, rate) + 1)]
+    return [0.0, *(several or [LEVEL])]
+
+
+def objective(name: str, **options: float | None) -> Objective:
+    """The objective with the options that were given.
+
+    Raises:
+        TicketError: an unknown name, or an option the objective does not have.
+    """
+    chosen, given = pretrain.get(name), {key: value for key, value in options.items() if value is not None}
+    known = {field.name for field in fields(chosen)}  # type: ignore[arg-type]
+    for key in given:
+        if key not in known:
+            raise TicketError(f"--{key.replace('_', '-')}: objective {name} has no such option; leave it out or choose another --objective")
+    return chosen(**given)
+
+
 def settings(
     recipe: Recipe,
     images: int,
@@ -54,11 +85,12 @@ def settings(
     lr: float | None,
     schedule: str | None,
     weight_decay: float | None,
+    accumulate: int = 1,
 ) -> Settings:
     """The task's recipe with the user's changes, for `images` training images."""
     if epochs is not None and steps is not None:
         raise TicketError("--epochs and --steps say the same thing; give one of them")
-    given = {"--epochs": epochs, "--steps": steps, "--batch-size": batch_size}
+    given = {"--epochs": epochs, "--steps": steps, "--batch-size": batch_size, "--accumulate": accumulate}
     for option, value in given.items():
         if value is not None and value < 1:
             raise TicketError(f"{option}: expected at least 1, got {value}")
@@ -71,6 +103,8 @@ def settings(
     if schedule is not None and schedule not in SCHEDULES:
         raise TicketError(f"--schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}")
     batch = min(batch_size or recipe.batch_size, images)
+    if batch % accumulate:
+        raise TicketError(f"--accumulate: expected a divisor of the batch of {batch} images, got {accumulate}")
     return Settings(
         steps=steps or (epochs or recipe.epochs) * (images // batch),
         batch_size=batch,
@@ -80,20 +114,41 @@ def settings(
         weight_decay=recipe.weight_decay if weight_decay is None else weight_decay,
         momentum=recipe.momentum,
         seed=seed,
+        accumulate=accumulate,
     )
 
 
-def network(model: str, weights: str | None, num_classes: int, size: int, seed: int) -> Start:
-    """Build the network from the seed and give it its pretrained weights."""
+def network(model: str, weights: str | None, num_classes: int, size: int, seed: int, goal: Objective) -> Start:
+    """Build the network from the seed, with the head its objective needs, and give it its pretrained weights."""
     torch.manual_seed(seed)
     module = models.build(model, num_classes, size)
+    if (head := goal.head(models.features(model, module), num_classes)) is not None:
+        models.set_head(model, module, head)
     initial = models.arrays(module)
     source = models.load_weights(model, module, weights)
     return Start(module, initial, models.arrays(module), source)
 
 
-def config(task: Task, model: str, data: Data, settings: Settings, source: Source, pruning: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of run.json; `pruning` are its options rewind, rate, granularity and rounds."""
+def keep_start(run: RunDir, start: Start, rewind: str) -> None:
+    """Write the weights that rounds rewind to, where they are known before training, and θ_p beside them where it is another."""
+    if not run.has_rewind() and rewind != "early":
+        run.save_rewind(start.initial if rewind == "init" else start.pretrained)
+    if rewind in ("init", "early"):
+        run.save_pretrained(start.pretrained)
+
+
+@contextmanager
+def shown(progress: Progress | None, ranks: Ranks) -> Iterator[Progress]:
+    """The progress to be told, on the first process; nothing on the others."""
+    with (progress or Progress()) if ranks.first else Progress() as told:
+        yield told
+
+
+def config(
+    task: Task, model: str, data: Data, settings: Settings, source: Source, goal: Objective, machine: Machine, method: Method,
+    levels: Sequence[float], pruning: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """The content of run.json; `pruning` are its options method, rewind, rate, granularity and rounds."""
     return {
         "task": task.name,
         "model": model,
@@ -106,10 +161,14 @@ def config(task: Task, model: str, data: Data, settings: Settings, source: Sourc
         "weights": source.name,
         "weights_sha256": source.sha256,
         "weights_remarks": list(source.remarks),
-        "objective": supervised.NAME,
+        "objective": goal.name,
+        "objective_options": asdict(goal),  # type: ignore[call-overload]
         **pruning,
+        "method_options": asdict(method),  # type: ignore[call-overload]
+        "levels": [] if method.name == "imp" else list(levels),
         **asdict(settings),
         "milestones": list(settings.milestones),
+        **asdict(machine),
         "threads": torch.get_num_threads(),
         "version": __version__,
     }

@@ -7,28 +7,31 @@ mask of ones changes no bit, so the dense reference runs through the same loop. 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
+from ticketkit import masks as algebra
 from ticketkit import models
-from ticketkit.errors import ModelError
+from ticketkit.errors import ModelError, TicketError
 from ticketkit.masks import Masks
-from ticketkit.pretrain import supervised
+from ticketkit.pretrain import Objective
+from ticketkit.pretrain.supervised import Supervised
+from ticketkit.search.ranks import Ranks
 from ticketkit.tasks import Batches
 
 SCHEDULES = ("multistep", "cosine", "constant")
+State = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The training algorithm A_t: everything that decides a round but its weights, masks and data."""
+    """The training algorithm A_t: everything that decides a round but its weights, masks, objective and data."""
 
     steps: int
     batch_size: int
@@ -38,6 +41,7 @@ class Settings:
     weight_decay: float
     momentum: float
     seed: int
+    accumulate: int = 1
 
     def lr_at(self, step: int) -> float:
         """Learning rate of step number `step`, counted from 0; a pure function, so a resumed run needs no scheduler state."""
@@ -49,25 +53,75 @@ class Settings:
         return self.lr
 
 
-class Training:
-    """One round in progress: module, optimizer and position. `step` counts finished steps; `state` and `load` save and resume."""
+@dataclass(frozen=True)
+class Change:
+    """New masks within a round: so many of the prunable weights pruned, by magnitude over all layers.
 
-    def __init__(self, module: nn.Module, masks: Masks, settings: Settings, round: int, first_step: int = 0) -> None:
+    Attributes:
+        sparsity: to be reached, 0 <= sparsity < 1.
+        nested: prune what is left; otherwise choose anew among all weights, pruned ones (which are zero) too.
+        forget: set the momentum to zero.
+    """
+
+    sparsity: float
+    nested: bool
+    forget: bool = False
+
+
+Due = Callable[[int], "Change | None"]
+
+
+def unchanged(step: int) -> Change | None:
+    """Masks stay as they are throughout the round."""
+    return None
+
+
+class Training:
+    """One round in progress: network, optimizer, masks, the objective's own state, and position.
+
+    `step` counts finished steps; `state` and `load` save and resume everything.
+
+    Args:
+        module: the network, its weights those the round starts from; trained in place.
+        masks: of its prunable weights.
+        settings: the training algorithm.
+        round: number of the round; with the settings' seed it decides all random numbers.
+        first_step: where in the schedule the round starts.
+        objective: what is learnt; default: the classes of the task.
+        ranks: the processes that train together; default: this one alone.
+        due: the change of masks to be made before a step, if any.
+        block: granularity of such changes, see `ticketkit.masks.global_magnitude`.
+        trainable: parameter names; all others are frozen, and modules without any of them stay in evaluation mode. None: all.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        masks: Masks,
+        settings: Settings,
+        round: int,
+        first_step: int = 0,
+        *,
+        objective: Objective | None = None,
+        ranks: Ranks | None = None,
+        due: Due = unchanged,
+        block: algebra.Block = (1, 1),
+        trainable: Sequence[str] | None = None,
+    ) -> None:
         torch.manual_seed(int(np.random.SeedSequence((settings.seed, round)).generate_state(1)[0]))
-        self.fabric = Fabric(accelerator="auto", devices=1)
-        self.module = module.to(self.fabric.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-        self.settings, self.round, self.step = settings, round, first_step
+        self.ranks, self.objective = ranks or Ranks(), objective or Supervised()
+        self.device = self.ranks.fabric.device
+        self.module = module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.settings, self.round, self.step, self.due, self.block = settings, round, first_step, due, block
         self.loss, self.accuracy = math.nan, math.nan
-        parameters = dict(self.module.named_parameters())
+        self._trained = _freeze(self.module, trainable)
         self.optimizer = torch.optim.SGD(
-            parameters.values(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+            self._trained.values(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
-        self._weights = [parameters[name].detach() for name in masks]  # shares memory with the parameters
-        self._masks = [
-            torch.from_numpy(mask).to(weight).to(memory_format=torch.channels_last)
-            for mask, weight in zip(masks.values(), self._weights, strict=True)
-        ]
-        self._apply_masks()
+        self.network = self.ranks.setup(self.module, self.optimizer)
+        self.own = nn.Module()
+        self._set_masks(masks)
+        self.own = self.objective.begin(self.module).to(self.device)
 
     def run(self, batches: Batches, after_step: Callable[[Training], None]) -> None:
         """Train to the end of the round; `after_step` is called after each step and may save, show or raise.
@@ -77,54 +131,129 @@ class Training:
         """
         while self.step < self.settings.steps:
             epoch, first = divmod(self.step, batches.steps_per_epoch)
-            correct = seen = 0
-            for images, labels in batches.epoch(self.settings.seed, self.round, epoch, first):
-                correct += self._one_step(images, labels)
+            right = seen = 0
+            for views, labels in batches.epoch(self.settings.seed, self.round, epoch, first):
+                right += self._one_step(views, labels)
                 seen += len(labels)
-                self.accuracy = correct / seen
+                self.accuracy = right / (seen * len(views))
                 after_step(self)
                 if self.step == self.settings.steps:
                     break
 
-    def _one_step(self, images: torch.Tensor, labels: torch.Tensor) -> int:
-        images, labels = self.fabric.to_device((images, labels))
+    def _one_step(self, views: tuple[Tensor, ...], labels: Tensor) -> int:
+        if (change := self.due(self.step)) is not None:
+            self._change(change)
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr_at(self.step)
         self.optimizer.zero_grad()
-        loss, logits = supervised.loss(self.module, images, labels)
-        self.loss = loss.item()
+        parts = self.settings.accumulate
+        self.loss, right = 0.0, 0
+        for part, (labels_part, *views_part) in enumerate(zip(*(whole.chunk(parts) for whole in (labels, *views)), strict=True)):
+            with self.ranks.without_sync(self.network, part < parts - 1):
+                here = tuple(view.to(self.device) for view in views_part)
+                loss, hits = self.objective.loss(self.network, self.own, here, labels_part.to(self.device), self.ranks.gather)
+                self.ranks.fabric.backward(loss / parts)
+            self.loss += loss.item() / parts
+            right += int(hits)
         if not math.isfinite(self.loss):
             raise ModelError(f"training diverged: the loss is {self.loss} in round {self.round}, step {self.step}; lower --lr")
-        self.fabric.backward(loss)
         self.optimizer.step()
         self._apply_masks()
+        self.objective.after_step(self.module, self.own)
         self.step += 1
-        return int((logits.detach().argmax(1) == labels).sum())
+        return right
+
+    def _change(self, change: Change) -> None:
+        def decide() -> Masks:
+            if change.sparsity == 0.0:
+                return algebra.full(self.masks)
+            before = self.masks if change.nested else algebra.full(self.masks)
+            left = (1.0 - change.sparsity) / (1.0 - algebra.sparsity(before))
+            weights = {name: weight.cpu().contiguous().numpy() for name, weight in zip(self.masks, self._weights, strict=True)}
+            return algebra.global_magnitude(weights, before, max(0.0, 1.0 - left), self.block)
+
+        self._set_masks(self.ranks.agree(decide))
+        if change.forget:
+            for buffers in self.optimizer.state.values():
+                buffers["momentum_buffer"].zero_()
+
+    def _set_masks(self, masks: Masks) -> None:
+        """Take the masks, and zero what they prune, in the objective's twins of the network too."""
+        parameters = dict(self.module.named_parameters())
+        self.masks = dict(masks)
+        self._weights = [parameters[name].detach() for name in masks]  # shares memory with the parameters
+        self._factors = [
+            torch.from_numpy(mask).to(weight).to(memory_format=torch.channels_last)
+            for mask, weight in zip(masks.values(), self._weights, strict=True)
+        ]
+        self._apply_masks()
+        for twin in self.objective.twins(self.own):
+            copies = dict(twin.named_parameters())
+            torch._foreach_mul_([copies[name].detach() for name in masks], self._factors)
 
     def _apply_masks(self) -> None:
-        torch._foreach_mul_(self._weights, self._masks)
+        torch._foreach_mul_(self._weights, self._factors)
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Everything the rest of the round depends on, as arrays: module, momentum, random numbers, position."""
+        """Everything the rest of the round depends on, as arrays: network, momentum, masks, objective, random numbers, position."""
         momentum = {
             f"momentum/{name}": self.optimizer.state[parameter]["momentum_buffer"].cpu().contiguous().numpy()
-            for name, parameter in self.module.named_parameters()
+            for name, parameter in self._trained.items()
             if self.optimizer.state[parameter].get("momentum_buffer") is not None
         }
         module = {f"module/{name}": array for name, array in models.arrays(self.module).items()}
+        own = {f"objective/{name}": array for name, array in models.arrays(self.own).items()}
+        masks = {f"mask/{name}": np.packbits(mask.reshape(-1), bitorder="little") for name, mask in self.masks.items()}
         position = np.array([self.round, self.step], np.int64)
-        return {**module, **momentum, "rng": torch.get_rng_state().numpy(), "position": position}
+        return {**module, **momentum, **own, **masks, "rng": torch.get_rng_state().numpy(), "position": position}
 
-    def load(self, state: Mapping[str, NDArray[Any]]) -> None:
+    def load(self, state: State) -> None:
         """Go on from `state`, bit for bit as if never stopped (on one kind of machine, with as many threads)."""
-        part = {"module": {}, "momentum": {}, "rng": {}, "position": {}}  # type: dict[str, dict[str, NDArray[Any]]]
-        for key, array in state.items():
-            kind, _, name = key.partition("/")
-            part[kind][name] = array
+        part = _parts(state)
+        if part["mask"].keys() != self.masks.keys():
+            raise ModelError(f"expected masks of {len(self.masks)} layers, got {len(part['mask'])}")
+        self._set_masks({name: _unpacked(part["mask"][name], mask.shape) for name, mask in self.masks.items()})
+        self.restore(state)
+        torch.set_rng_state(torch.from_numpy(part["rng"][""].copy()))
+        self.step = int(part["position"][""][1])
+
+    def restore(self, state: State) -> None:
+        """Take over network, momentum and the objective's own state, but neither masks, random numbers nor position: the rewind to
+        what an earlier training had reached. The present masks are applied to all of it.
+        """
+        part = _parts(state)
         models.assign(self.module, part["module"])
-        for name, parameter in self.module.named_parameters():
+        models.assign(self.own, part["objective"])
+        for name, parameter in self._trained.items():
             if name in part["momentum"]:
                 buffer = torch.zeros_like(parameter)
                 self.optimizer.state[parameter]["momentum_buffer"] = buffer.copy_(torch.from_numpy(part["momentum"][name]))
-        torch.set_rng_state(torch.from_numpy(part["rng"][""].copy()))
-        self.step = int(part["position"][""][1])
+        self._set_masks(self.masks)
+
+
+def _freeze(module: nn.Module, trainable: Sequence[str] | None) -> dict[str, nn.Parameter]:
+    """The parameters to be trained, by name; modules that hold none are put in evaluation mode."""
+    parameters = dict(module.named_parameters())
+    if unknown := [name for name in trainable or () if name not in parameters]:
+        raise TicketError(f"{unknown[0]}: expected a parameter of the network to train, got an unknown name")
+    chosen = parameters if trainable is None else {name: parameters[name] for name in trainable}
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in chosen)
+    module.train()
+    for path, part in module.named_modules():
+        if trainable is not None and not any(name.startswith(f"{path}." if path else "") for name in chosen):
+            part.eval()
+    return chosen
+
+
+def _parts(state: State) -> dict[str, dict[str, NDArray[Any]]]:
+    part = {"module": {}, "momentum": {}, "objective": {}, "mask": {}, "rng": {}, "position": {}}  # type: dict[str, dict[str, NDArray[Any]]]
+    for key, array in state.items():
+        kind, _, name = key.partition("/")
+        part[kind][name] = array
+    return part
+
+
+def _unpacked(bits: NDArray[Any], shape: tuple[int, ...]) -> algebra.Mask:
+    flat = np.unpackbits(bits, bitorder="little", count=math.prod(shape))
+    return flat.astype(np.bool_).reshape(shape)

@@ -15,9 +15,9 @@ from functools import cache
 from importlib import import_module
 
 from ticketkit.errors import DataError
-from ticketkit.tasks._data import Augmentation, Batches, Data, Recipe, Split, Task, evaluation_batches
+from ticketkit.tasks._data import Augmentation, Batches, Crops, Data, Params, Recipe, Split, Task, Views, evaluation_batches
 
-__all__ = ["Augmentation", "Batches", "Data", "Recipe", "Split", "Task", "evaluation_batches", "get", "names"]
+__all__ = ["Augmentation", "Batches", "Crops", "Data", "Params", "Recipe", "Split", "Task", "Views", "evaluation_batches", "get", "names"]
 
 
 @cache

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from ticketkit.errors import DataError
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
 Triple = tuple[float, float, float]
+Params = Mapping[str, NDArray[Any]]
 IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
 IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 HELD_OUT = 0.1
@@ -143,36 +145,74 @@ def need(folder: Path | None, task: str, expected: str) -> Path:
     return folder
 
 
-class Batches:
-    """Training batches of one task, a pure function of (seed, round, epoch): nothing to save, nothing that leaks into a rewind.
+class Views(Protocol):
+    """Augmentation in two steps, so that a rank can render its own rows of what was drawn for the whole batch."""
 
-    Each epoch is a new order of all images; an incomplete last batch is left out. Images come as float32 [B, 3, size, size],
-    normalised, in channels_last memory, augmented all at once.
+    def draw(self, count: int, generator: np.random.Generator) -> Params:
+        """The random parameters of `count` images, arrays [count, ...]."""
+
+    def render(self, images: Images, params: Params) -> tuple[Tensor, ...]:
+        """Images uint8 [B, H, W, 3] -> one tensor a view, normalised float32 [B, 3, size, size] in channels_last memory."""
+
+
+class Crops:
+    """Supervised views: one random crop out of each image, padded by the mean colour, and mirrored by chance; all images at once."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    def draw(self, count: int, generator: np.random.Generator) -> Params:
+        """Where the crops lie, as fractions of the room there is, and which are mirrored; arrays [count]."""
+        top, left = generator.random(count), generator.random(count)
+        flip = generator.random(count) < 0.5 if self.task.augmentation.flip else np.zeros(count, np.bool_)
+        return {"top": top, "left": left, "flip": flip}
+
+    def render(self, images: Images, params: Params) -> tuple[Tensor]:
+        """uint8 [B, H, W, 3] -> float32 [B, 3, size, size], normalised."""
+        pad, size = self.task.augmentation.pad, self.task.size
+        grey = np.rint(np.asarray(self.task.mean) * 255).astype(np.uint8)
+        padded = np.empty((len(images), *(side + 2 * pad for side in images.shape[1:3]), 3), np.uint8)
+        padded[...] = grey
+        padded[:, pad : pad + images.shape[1], pad : pad + images.shape[2]] = images
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), axis=(1, 2))
+        top, left = ((params[key] * count).astype(np.intp) for key, count in zip(("top", "left"), windows.shape[1:3], strict=True))
+        crops = windows[np.arange(len(images)), top, left].transpose(0, 2, 3, 1)  # [B, 3, H, W] -> [B, H, W, 3]
+        crops[params["flip"]] = crops[params["flip"], :, ::-1]
+        return (to_input(crops, self.task),)
+
+
+class Batches:
+    """Training batches of one split, a pure function of (seed, round, epoch): nothing to save, nothing that leaks into a rewind.
+
+    Each epoch is a new order of all images; an incomplete last batch is left out. With several ranks each renders its rows of the
+    same global batches.
+
+    Args:
+        data: the images.
+        views: how they are augmented.
+        batch_size: images of a global batch.
+        rank, ranks: which equal part of each batch is yielded.
+
+    Raises:
+        DataError: a batch cannot be divided among the ranks.
     """
 
-    def __init__(self, task: Task, data: Split, batch_size: int) -> None:
-        self.task, self.batch_size = task, min(batch_size, len(data))
-        pad = task.augmentation.pad
-        grey = np.rint(np.asarray(task.mean) * 255).astype(np.uint8)
-        self.images = np.empty((len(data), *(side + 2 * pad for side in data.images.shape[1:3]), 3), np.uint8)
-        self.images[...] = grey
-        self.images[:, pad : pad + data.images.shape[1], pad : pad + data.images.shape[2]] = data.images
-        self.labels = data.labels
+    def __init__(self, data: Split, views: Views, batch_size: int, rank: int = 0, ranks: int = 1) -> None:
+        self.data, self.views, self.batch_size = data, views, min(batch_size, len(data))
+        if self.batch_size % ranks:
+            raise DataError(f"batch size: expected a multiple of {ranks}, the number of processes, got {self.batch_size}")
         self.steps_per_epoch = len(data) // self.batch_size
-        self._windows = np.lib.stride_tricks.sliding_window_view(self.images, (task.size, task.size), axis=(1, 2))
+        self._rows = np.arange(rank * (self.batch_size // ranks), (rank + 1) * (self.batch_size // ranks))
 
-    def epoch(self, seed: int, round: int, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of one epoch, from batch number `first` on."""
+    def epoch(self, seed: int, round: int, epoch: int, first: int = 0) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+        """(views, labels int64) of the batches of one epoch, from batch number `first` on."""
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, round, epoch))))
-        order = generator.permutation(len(self.labels))
-        top = generator.integers(self._windows.shape[1], size=len(order))
-        left = generator.integers(self._windows.shape[2], size=len(order))
-        flip = generator.random(len(order)) < 0.5 if self.task.augmentation.flip else np.zeros(len(order), np.bool_)
-        for start in range(first * self.batch_size, self.steps_per_epoch * self.batch_size, self.batch_size):
-            part = slice(start, start + self.batch_size)
-            crops = self._windows[order[part], top[part], left[part]].transpose(0, 2, 3, 1)  # [B, 3, H, W] -> [B, H, W, 3]
-            crops[flip[part]] = crops[flip[part], :, ::-1]
-            yield to_input(crops, self.task), torch.from_numpy(self.labels[order[part]])
+        order = generator.permutation(len(self.data))
+        params = self.views.draw(len(order), generator)
+        for batch in range(first, self.steps_per_epoch):
+            rows = batch * self.batch_size + self._rows
+            views = self.views.render(self.data.images[order[rows]], {key: drawn[rows] for key, drawn in params.items()})
+            yield views, torch.from_numpy(self.data.labels[order[rows]])
 
 
 def evaluation_batches(task: Task, data: Split, batch_size: int = 500) -> Iterator[tuple[Tensor, Tensor]]:
