@@ -11,11 +11,23 @@ from ticketkit.tasks import Split, Task, Views
 
 Gather: TypeAlias = Callable[[Tensor], Tensor]
 
+
+def same(embeddings: Tensor) -> Tensor:
+    """The `Gather` of a single process."""
+    return embeddings
+
 class Objective(Protocol):
-    """A loss and everything it needs; its dataclass fields are the options of a run."""
+    """A loss and everything it needs; its dataclass fields are the options of a run.
+
+    Attributes:
+        name: as on the command line.
+        metric: name of what `evaluate` measures, a fraction in [0, 1].
+        queries: per image, among which `loss` counts those that are right.
+    """
 
     name: ClassVar[str]
     metric: ClassVar[str]
+    queries: ClassVar[int]
 
     def head(self, features: int, num_classes: int) -> nn.Module | None:
         """What stands in the place of the network's head; None: its own, a linear layer to the classes."""
@@ -29,8 +41,8 @@ class Objective(Protocol):
     def twins(self, state: nn.Module) -> Sequence[nn.Module]:
         """Networks within the state that have the trained one's parameters by name, and so its masks."""
 
-    def loss(self, network: nn.Module, state: nn.Module, views: tuple[Tensor, ...], labels: Tensor, gather: Gather) -> tuple[Tensor, Tensor]:
-        """(mean loss, number of views of this batch that are right), both 0-dimensional.
+    def loss(self, network: nn.Module, state: nn.Module, views: tuple[Tensor, ...], labels: Tensor, gather: Gather = same) -> tuple[Tensor, Tensor]:
+        """(mean loss, number of queries of this batch that are right), both 0-dimensional.
 
         Args:
             network: the network to be called; images float32 [B, 3, H, W].

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
 from ticketkit import models
-from ticketkit.pretrain._objective import Gather
+from ticketkit.pretrain._objective import Gather, same
 from ticketkit.tasks import Crops, Split, Task, evaluation_batches
 
 
@@ -22,6 +22,7 @@ class Supervised:
 
     name: ClassVar[str] = "supervised"
     metric: ClassVar[str] = "accuracy"
+    queries: ClassVar[int] = 1
 
     def head(self, features: int, num_classes: int) -> None:
         """The network keeps its own."""
@@ -39,7 +40,7 @@ class Supervised:
         return ()
 
     def loss(
-        self, network: nn.Module, state: nn.Module, views: tuple[Tensor, ...], labels: Tensor, gather: Gather | None = None
+        self, network: nn.Module, state: nn.Module, views: tuple[Tensor, ...], labels: Tensor, gather: Gather = same
     ) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy, and how many images are classified rightly; one view float32 [N, 3, H, W], labels int64 [N]."""
         logits: Tensor = network(views[0])

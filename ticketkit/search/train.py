@@ -135,7 +135,7 @@ class Training:
             for views, labels in batches.epoch(self.settings.seed, self.round, epoch, first):
                 right += self._one_step(views, labels)
                 seen += len(labels)
-                self.accuracy = right / (seen * len(views))
+                self.accuracy = right / (seen * self.objective.queries)
                 after_step(self)
                 if self.step == self.settings.steps:
                     break

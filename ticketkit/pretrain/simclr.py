@@ -1,0 +1,76 @@
+"""SimCLR (Chen et al. 2020): the two views of an image find one another among those of the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ticketkit.pretrain._objective import Gather, same
+from ticketkit.pretrain._projection import need, projection
+from ticketkit.pretrain._retrieval import evaluate, nt_xent
+from ticketkit.pretrain._views import TwoViews
+from ticketkit.tasks import Split, Task
+
+
+@dataclass(frozen=True)
+class SimCLR:
+    """NT-Xent on the output of a projection head with one hidden layer; both views of a batch go through the network as one.
+
+    Attributes:
+        temperature: τ of eq. 1.
+        dim: width of the embeddings.
+        strength: s of the colour distortion (A): 0.5 on CIFAR-10 (B.9), 1 on ImageNet.
+
+    Raises:
+        TicketError: an option out of its range.
+    """
+
+    temperature: float = 0.5
+    dim: int = 128
+    strength: float = 0.5
+
+    name: ClassVar[str] = "simclr"
+    metric: ClassVar[str] = "retrieval accuracy"
+    queries: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        need(self.temperature > 0, "temperature", "a number above 0", self.temperature)
+        need(self.dim >= 1, "dim", "at least 1", self.dim)
+        need(0 <= self.strength <= 2.5, "strength", "a number from 0 to 2.5", self.strength)
+
+    def head(self, features: int, num_classes: int) -> nn.Module:
+        """[N, features] -> embeddings [N, dim]."""
+        return projection(features, self.dim)
+
+    def views(self, task: Task) -> TwoViews:
+        """Two views of each image."""
+        return TwoViews(task, self.strength)
+
+    def begin(self, network: nn.Module) -> nn.Module:
+        """Nothing beside the network."""
+        return nn.Module()
+
+    def twins(self, state: nn.Module) -> Sequence[nn.Module]:
+        """None."""
+        return ()
+
+    def loss(
+        self, network: nn.Module, state: nn.Module, views: tuple[Tensor, ...], labels: Tensor, gather: Gather = same
+    ) -> tuple[Tensor, Tensor]:
+        """Mean NT-Xent over the 2N queries of all processes' batches, and how many of them were right; labels are not looked at."""
+        first, second = (gather(part) for part in network(torch.cat(views)).chunk(2))
+        return nt_xent(first, second, self.temperature)
+
+    def after_step(self, network: nn.Module, state: nn.Module) -> None:
+        """Nothing to do."""
+
+    def evaluate(self, network: nn.Module, task: Task, split: Split, num_classes: int) -> tuple[float, float]:
+        """Top-1 retrieval accuracy (P1, A.2) and mean NT-Xent, see `ticketkit.pretrain._retrieval.evaluate`."""
+        return evaluate(network, self.views(task), split, self.temperature)
+
+
+OBJECTIVE = SimCLR
