@@ -16,7 +16,7 @@ import command
 
 from ticketkit import __version__, models, tasks
 from ticketkit.bench import machine
-from ticketkit.pretrain import supervised
+from ticketkit.pretrain.supervised import Supervised
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
     data = task.load(chosen.data)
     module = models.build(chosen.model, len(data.classes), task.size)
     source = models.load_weights(chosen.model, module, chosen.weights)
-    accuracy, loss = supervised.evaluate(module, tasks.evaluation_batches(task, data.test), len(data.classes))
+    accuracy, loss = Supervised().evaluate(module, task, data.test, len(data.classes))
     row = {
         "task": task.name,
         "model": chosen.model,

@@ -27,7 +27,7 @@ from ticketkit.search.progress import Progress  # noqa: E402
 from ticketkit.search.rewind import step_of  # noqa: E402
 from ticketkit.search.rundir import RunDir  # noqa: E402
 from ticketkit.search.train import Training  # noqa: E402
-from ticketkit.tasks import Batches, Data, Task  # noqa: E402
+from ticketkit.tasks import Batches, Crops, Data, Task  # noqa: E402
 from ticketkit.ticket import read_safetensors  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -76,10 +76,9 @@ def test_masks_follow_trained_magnitudes_not_rewound_ones(small_run: Path) -> No
 
 def test_metric_is_measured_on_the_stored_weights(small_run: Path, data: Data) -> None:
     module, config, _ = load_round(small_run)
-    from ticketkit.pretrain.supervised import evaluate
-    from ticketkit.tasks import evaluation_batches
+    from ticketkit.pretrain.supervised import Supervised
 
-    score, loss = evaluate(module.to(memory_format=torch.channels_last), evaluation_batches(DIGITS, data.test), config["num_classes"])
+    score, loss = Supervised().evaluate(module.to(memory_format=torch.channels_last), DIGITS, data.test, config["num_classes"])
     assert score == pytest.approx(rows_of(small_run)[-1]["metric"], abs=1 / 360 + 1e-9)
     assert loss == pytest.approx(rows_of(small_run)[-1]["loss"], rel=1e-3)
 
@@ -312,7 +311,7 @@ def test_rewind_to_early_weights(tmp_path: Path, pretrained: Path, data: Data) -
         raise Enough
 
     with pytest.raises(Enough):
-        one_step.run(Batches(DIGITS, data.train, 32), stop)
+        one_step.run(Batches(data.train, Crops(DIGITS), 32), stop)
     expected = models.arrays(one_step.module)
     assert all(np.array_equal(second[name], expected[name]) for name in expected)
     assert not np.array_equal(first["bn1.running_mean"], second["bn1.running_mean"]) and counts == [20, 19]

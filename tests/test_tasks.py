@@ -18,8 +18,8 @@ from torchvision.datasets import CIFAR10, CIFAR100  # noqa: E402
 
 from ticketkit import models, tasks  # noqa: E402
 from ticketkit.errors import DataError  # noqa: E402
-from ticketkit.pretrain import supervised  # noqa: E402
-from ticketkit.tasks._data import Augmentation, Batches, Recipe, Split, Task, evaluation_batches, split, to_input  # noqa: E402
+from ticketkit.pretrain.supervised import Supervised  # noqa: E402
+from ticketkit.tasks._data import Augmentation, Batches, Crops, Recipe, Split, Task, evaluation_batches, split, to_input  # noqa: E402
 
 PIXELS = np.random.default_rng(0)
 
@@ -87,18 +87,18 @@ def test_every_task_loads_and_trains_two_steps(name: str, tmp_path: Path, monkey
     assert task.name == name and task.model in models.names() and task.recipe.epochs > 0
     whole = len(data.train) + len(data.val)
     assert len(data.val) == max(1, round(whole / 10)) and len(data.test) > 0
-    batches = Batches(task, data.train, batch_size=4)
+    batches, objective = Batches(data.train, Crops(task), batch_size=4), Supervised()
     torch.manual_seed(0)
     module = models.build("resnet20", len(data.classes))
     optimizer = torch.optim.SGD(module.parameters(), lr=0.01)
-    for _, (images, labels) in zip(range(2), batches.epoch(0, 0, 0), strict=False):
+    for _, ((images,), labels) in zip(range(2), batches.epoch(0, 0, 0), strict=False):
         assert images.shape == (4, 3, task.size, task.size) and images.dtype == torch.float32 and labels.dtype == torch.int64
         assert images.is_contiguous(memory_format=torch.channels_last)
-        loss, logits = supervised.loss(module, images, labels)
+        loss, right = objective.loss(module, objective.begin(module), (images,), labels)
         loss.backward()
         optimizer.step()
-        assert torch.isfinite(loss) and logits.shape == (4, len(data.classes))
-    score, loss_value = supervised.evaluate(module, evaluation_batches(task, data.val), len(data.classes))
+        assert torch.isfinite(loss) and 0 <= right <= 4
+    score, loss_value = objective.evaluate(module, task, data.val, len(data.classes))
     assert 0.0 <= score <= 1.0 and 0.0 <= loss_value < float("inf") and module.training
 
 
@@ -215,8 +215,8 @@ def counting_task(stored: int, size: int, **augmentation: object) -> tuple[Task,
 
 
 def epoch(task: Task, data: Split, *key: int) -> tuple[np.ndarray, np.ndarray]:
-    images, labels = zip(*Batches(task, data, 5).epoch(*key), strict=True)
-    return torch.cat(images).round().numpy().astype(int), torch.cat(labels).numpy()
+    images, labels = zip(*Batches(data, Crops(task), 5).epoch(*key), strict=True)
+    return torch.cat([image for image, in images]).round().numpy().astype(int), torch.cat(labels).numpy()
 
 
 def test_each_image_is_seen_at_most_once_an_epoch_with_its_label() -> None:
@@ -234,7 +234,7 @@ def test_batches_are_a_function_of_seed_round_and_epoch() -> None:
     np.testing.assert_array_equal(first[0], again[0])
     for other in ((1, 1, 2), (0, 0, 2), (0, 1, 3)):
         assert (epoch(task, data, *other)[0] != first[0]).any()
-    tail = torch.cat([images for images, _ in Batches(task, data, 5).epoch(0, 1, 2, first=3)])
+    tail = torch.cat([images for (images,), _ in Batches(data, Crops(task), 5).epoch(0, 1, 2, first=3)])
     np.testing.assert_array_equal(tail.round().numpy(), first[0][15:])
 
 
@@ -264,8 +264,12 @@ def test_padding_is_the_mean_colour_and_evaluation_takes_the_centre() -> None:
     (images, labels), = evaluation_batches(task, data)
     np.testing.assert_array_equal(images.round().numpy(), data.images[:, 2:10, 2:10].transpose(0, 3, 1, 2))
     np.testing.assert_array_equal(labels, data.labels)
-    padded = Batches(tasks.get("cifar10"), Split(np.zeros((4, 32, 32, 3), np.uint8), np.zeros(4, np.int64)), 2)
-    assert padded.images[0, 0, 0].tolist() == [124, 116, 104] and padded.images[0, 4, 4].tolist() == [0, 0, 0]
+    grey = Crops(tasks.get("cifar10"))
+    corner = {"top": np.zeros(1), "left": np.zeros(1), "flip": np.zeros(1, np.bool_)}
+    (crop,) = grey.render(np.zeros((1, 32, 32, 3), np.uint8), corner)
+    mean = torch.tensor([0.485, 0.456, 0.406])
+    pixels = (crop * torch.tensor([0.229, 0.224, 0.225])[:, None, None] + mean[:, None, None])[0].mul(255).round()
+    assert pixels[:, 0, 0].tolist() == [124, 116, 104] and pixels[:, 4, 4].tolist() == [0, 0, 0]
 
 
 def test_normalisation_against_torchvision() -> None:
@@ -301,8 +305,8 @@ def test_published_resnet20_reproduces_its_cifar10_accuracy(data_dir: Path) -> N
     module = models.build("resnet20", 10)
     models.load_weights("resnet20", module, str(data_dir / "weights" / "akamaster" / "resnet20-12fca82f.th"))
     module.to(memory_format=torch.channels_last)
-    score, _ = supervised.evaluate(module, evaluation_batches(task, data.test), 10)
+    score, _ = Supervised().evaluate(module, task, data.test, 10)
     assert score == pytest.approx(0.9173, abs=0.001)
     few = Split(data.test.images[:1000, :, :, ::-1], data.test.labels[:1000])
-    wrong, _ = supervised.evaluate(module, evaluation_batches(task, few), 10)
+    wrong, _ = Supervised().evaluate(module, task, few, 10)
     assert wrong < 0.9, "blue and red exchanged must show"

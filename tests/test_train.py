@@ -16,7 +16,7 @@ from ticketkit import masks, models  # noqa: E402
 from ticketkit.errors import ModelError  # noqa: E402
 from ticketkit.search.find import find  # noqa: E402
 from ticketkit.search.train import Settings, Training  # noqa: E402
-from ticketkit.tasks import Batches, Data  # noqa: E402
+from ticketkit.tasks import Batches, Crops, Data  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -25,7 +25,7 @@ def plainly_trained(data: Data, chosen: Settings) -> dict[str, np.ndarray]:
     """Training as a textbook writes it, with no idea of masks."""
     module = start().to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(module.parameters(), lr=chosen.lr, momentum=0.9, weight_decay=chosen.weight_decay)
-    for _, (images, labels) in zip(range(chosen.steps), Batches(DIGITS, data.train, 32).epoch(0, 0, 0), strict=False):
+    for _, ((images,), labels) in zip(range(chosen.steps), Batches(data.train, Crops(DIGITS), 32).epoch(0, 0, 0), strict=False):
         optimizer.zero_grad()
         F.cross_entropy(module(images), labels).backward()
         optimizer.step()
@@ -34,7 +34,7 @@ def plainly_trained(data: Data, chosen: Settings) -> dict[str, np.ndarray]:
 
 def trained(data: Data, mask: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     training = Training(start(), mask, settings(), round=0)
-    training.run(Batches(DIGITS, data.train, 32), lambda now: None)
+    training.run(Batches(data.train, Crops(DIGITS), 32), lambda now: None)
     return models.arrays(training.module)
 
 
@@ -57,7 +57,7 @@ def test_pruned_weights_are_zero_after_every_step_and_the_rest_moves(data: Data)
         weights = models.arrays(now.module)
         assert all((weights[name][~mask[name]] == 0).all() for name in mask)
 
-    training.run(Batches(DIGITS, data.train, 32), look)
+    training.run(Batches(data.train, Crops(DIGITS), 32), look)
     after = models.arrays(training.module)
     assert all((after[name][mask[name]] != before[name][mask[name]]).mean() > 0.99 for name in mask)
     assert (after["conv1.weight"] != before["conv1.weight"]).all() and (after["linear.bias"] != before["linear.bias"]).all()
@@ -65,7 +65,7 @@ def test_pruned_weights_are_zero_after_every_step_and_the_rest_moves(data: Data)
 
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_state_resumes_bit_identically(data: Data, stop: int) -> None:
-    ones, batches = masks.full(everything(start())), Batches(DIGITS, data.train, 32)
+    ones, batches = masks.full(everything(start())), Batches(data.train, Crops(DIGITS), 32)
     states: dict[int, dict[str, np.ndarray]] = {}
     whole = Training(start(), ones, settings(schedule="cosine"), round=0)
     whole.run(batches, lambda now: states.update({now.step: {k: v.copy() for k, v in now.state().items()}}))

@@ -23,8 +23,8 @@ Weights = Mapping[str, NDArray[np.float32]]
 Block = tuple[int, int]
 
 
-def full(weights: Weights) -> dict[str, Mask]:
-    """The mask of the dense network: True everywhere."""
+def full(weights: Mapping[str, NDArray[Any]]) -> dict[str, Mask]:
+    """The mask of the dense network: True everywhere; of the shapes of these weights, or masks."""
     return {name: np.ones(weight.shape, np.bool_) for name, weight in weights.items()}
 
 

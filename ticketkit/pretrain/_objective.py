@@ -41,7 +41,9 @@ class Objective(Protocol):
     def twins(self, state: nn.Module) -> Sequence[nn.Module]:
         """Networks within the state that have the trained one's parameters by name, and so its masks."""
 
-    def loss(self, network: nn.Module, state: nn.Module, views: tuple[Tensor, ...], labels: Tensor, gather: Gather = same) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, network: nn.Module, state: nn.Module, views: tuple[Tensor, ...], labels: Tensor, gather: Gather = same
+    ) -> tuple[Tensor, Tensor]:
         """(mean loss, number of queries of this batch that are right), both 0-dimensional.
 
         Args:

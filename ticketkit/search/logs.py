@@ -29,8 +29,8 @@ class Log:
     def step(self, now: Training) -> None:
         """Loss, training accuracy and learning rate of every tenth step."""
         if self._logger is not None and now.step % EVERY == 0:
-            rate = now.settings.lr_at(now.step - 1)
-            self._logger.log_metrics({"loss": now.loss, "train_accuracy": now.accuracy, "lr": rate}, now.round * now.settings.steps + now.step)
+            numbers = {"loss": now.loss, "train_accuracy": now.accuracy, "lr": now.settings.lr_at(now.step - 1)}
+            self._logger.log_metrics(numbers, now.round * now.settings.steps + now.step)
 
     def round(self, row: dict[str, Any]) -> None:
         """What a finished round measured, by its number."""

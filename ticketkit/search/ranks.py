@@ -103,7 +103,8 @@ class Ranks:
         """Gradients of a part of a batch are not yet averaged over the ranks inside, where enabled."""
         if self.count == 1 or not enabled:
             return nullcontext()
-        return self.fabric.no_backward_sync(network)  # type: ignore[arg-type]
+        context: AbstractContextManager[None] = self.fabric.no_backward_sync(network)  # type: ignore[arg-type]
+        return context
 
     def agree(self, decide: Callable[[], Masks]) -> dict[str, Any]:
         """The masks that rank 0 decides on, the same on every rank, to the bit.
@@ -132,11 +133,11 @@ class Ranks:
         if self.first:
             try:
                 found = make(), None
-            except Exception as error:
-                found = None, error
-        value, error = self.fabric.broadcast(found)
-        if error is not None:
-            raise error
+            except Exception as failed:
+                found = None, failed
+        value, failure = self.fabric.broadcast(found)
+        if failure is not None:
+            raise failure
         return value
 
     def gather(self, embeddings: Tensor) -> Tensor:
