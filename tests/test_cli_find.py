@@ -153,10 +153,10 @@ def test_granularity_is_part_of_the_run(tmp_path: Path, capsys: Capture) -> None
 def test_damaged_round_is_named(small_run: Path, tmp_path: Path, capsys: Capture) -> None:
     import shutil
 
-    damaged = Path(shutil.copytree(small_run, tmp_path / "run")) / "round_01" / "ticket.safetensors"
+    damaged = Path(shutil.copytree(small_run, tmp_path / "run")) / "round_02" / "ticket.safetensors"
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
-    line = fails_with_one_line(capsys, "digits", *OPTIONS, "--out", str(tmp_path / "run"))
-    assert "round_01/ticket.safetensors: sha256 differs" in line
-    assert (tmp_path / "run" / "round_02" / "ticket.safetensors").exists()
+    line = fails_with_one_line(capsys, "digits", *OPTIONS, "--rounds=3", "--out", str(tmp_path / "run"))
+    assert "round_02/ticket.safetensors: sha256 differs" in line
+    assert (tmp_path / "run" / "round_01" / "ticket.safetensors").exists() and not (tmp_path / "run" / "round_03").exists()

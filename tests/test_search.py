@@ -21,6 +21,7 @@ torch = pytest.importorskip("torch")
 
 from ticketkit import masks, models, tasks  # noqa: E402
 from ticketkit.errors import TicketError  # noqa: E402
+from ticketkit.pretrain.supervised import Supervised  # noqa: E402
 from ticketkit.search import setup  # noqa: E402
 from ticketkit.search.find import find, load_round  # noqa: E402
 from ticketkit.search.progress import Progress  # noqa: E402
@@ -76,8 +77,6 @@ def test_masks_follow_trained_magnitudes_not_rewound_ones(small_run: Path) -> No
 
 def test_metric_is_measured_on_the_stored_weights(small_run: Path, data: Data) -> None:
     module, config, _ = load_round(small_run)
-    from ticketkit.pretrain.supervised import Supervised
-
     score, loss = Supervised().evaluate(module.to(memory_format=torch.channels_last), DIGITS, data.test, config["num_classes"])
     assert score == pytest.approx(rows_of(small_run)[-1]["metric"], abs=1 / 360 + 1e-9)
     assert loss == pytest.approx(rows_of(small_run)[-1]["loss"], rel=1e-3)
@@ -293,7 +292,7 @@ def test_rewind_to_pretrained_weights(tmp_path: Path, pretrained: Path) -> None:
 
 def test_rewind_to_initialisation(tmp_path: Path, pretrained: Path) -> None:
     (first, second), counts, _ = starts_of(tmp_path / "run", "init", pretrained, 2)
-    expected, initial = models.arrays(start()), setup.network("resnet20", "random", 10, 16, 0).initial
+    expected, initial = models.arrays(start()), setup.network("resnet20", "random", 10, 16, 0, Supervised()).initial
     assert all(np.array_equal(first[name], expected[name]) and np.array_equal(second[name], initial[name]) for name in expected)
     assert not np.array_equal(first["conv1.weight"], second["conv1.weight"]) and counts == [2, 2]
 
