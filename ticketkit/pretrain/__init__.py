@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Mapping
+from dataclasses import Field
 from importlib import import_module
 from typing import Any, ClassVar, Protocol
 
@@ -45,6 +46,7 @@ class Objective(Protocol):
     name: ClassVar[str]
     metric: ClassVar[str]
     queries: ClassVar[int]
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     def head(self, features: int, num_classes: int) -> nn.Module | None:
         """What takes the place of the network's head, [N, features] -> [N, anything]; None keeps the network's own."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ticketkit.pretrain import Objective
 from ticketkit.pretrain._projection import need, projection
 from ticketkit.pretrain._retrieval import evaluate, unit
 from ticketkit.pretrain._views import TwoViews
@@ -145,4 +146,4 @@ class MoCo:
         return evaluate(network, self.views(task), split, self.temperature)
 
 
-OBJECTIVE = MoCo
+OBJECTIVE: type[Objective] = MoCo

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ticketkit.pretrain import Objective
 from ticketkit.pretrain._projection import need, projection
 from ticketkit.pretrain._retrieval import evaluate, nt_xent
 from ticketkit.pretrain._views import TwoViews
@@ -65,4 +66,4 @@ class SimCLR:
         return evaluate(network, self.views(task), split, self.temperature)
 
 
-OBJECTIVE = SimCLR
+OBJECTIVE: type[Objective] = SimCLR
