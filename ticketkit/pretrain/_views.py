@@ -142,7 +142,8 @@ def _jitter(seen: Tensor, rows: Mapping[str, Tensor], turns: int) -> None:
     seen.mul_(brightness).clamp_(0, 1)
     mean = _luma(seen).mean(dim=(-2, -1), keepdim=True)
     seen.mul_(contrast).add_(mean.mul_(1 - contrast)).clamp_(0, 1)
-    seen.mul_(saturation).add_(_luma(seen).mul_(1 - saturation)).clamp_(0, 1)
+    colourless = _luma(seen)
+    seen.mul_(saturation).add_(colourless.mul_(1 - saturation)).clamp_(0, 1)
     for _ in range(turns):
         _turn(seen, hue * (6 / turns))
 
