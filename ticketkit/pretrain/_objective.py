@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Protocol, TypeAlias
+from dataclasses import Field
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 from torch import Tensor, nn
 
@@ -28,6 +29,7 @@ class Objective(Protocol):
     name: ClassVar[str]
     metric: ClassVar[str]
     queries: ClassVar[int]
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     def head(self, features: int, num_classes: int) -> nn.Module | None:
         """What stands in the place of the network's head; None: its own, a linear layer to the classes."""

@@ -57,10 +57,14 @@ def evaluate(network: nn.Module, views: Views, split: Split, temperature: float)
     return right / (2 * len(split)), total / (2 * len(split))
 
 
+def unit(embeddings: Tensor) -> Tensor:
+    """[n, d] -> each divided by its length, in float32 unless it is float64."""
+    return F.normalize(embeddings if embeddings.dtype == torch.float64 else embeddings.float(), dim=1)
+
+
 def _cosines(first: Tensor, second: Tensor) -> Tensor:
     """Two [n, d] -> cosines [2n, 2n] in float32 or float64, -inf on the diagonal: no embedding is its own candidate."""
-    both = torch.cat([first, second])
-    both = F.normalize(both if both.dtype == torch.float64 else both.float(), dim=1)
+    both = unit(torch.cat([first, second]))
     with torch.autocast(both.device.type, enabled=False):
         return (both @ both.T).fill_diagonal_(-torch.inf)
 

@@ -20,7 +20,7 @@ JITTERED, GREYED, BLURRED = 0.8, 0.2, 0.5  # probabilities
 SIGMA = (0.1, 2.0)  # of the blur, pixels
 BLUR_FROM = 64  # height in pixels of the smallest images that are blurred; SimCLR leaves CIFAR's sharp (B.9)
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, rounded as in torchvision
-AT_ONCE = 64  # images rendered together, so that what is between stays in the cache
+AT_ONCE = 64 * 32 * 32  # pixels of each view rendered together, so that what is between stays in the cache
 
 Draw = Mapping[str, NDArray[Any]]
 
@@ -77,8 +77,9 @@ class TwoViews:
         """Images uint8 [B, H, W, 3] and their B rows of a draw -> both views, each as `ticketkit.pretrain.Views` says."""
         size, mean, std = self.task.size, torch.tensor(self.task.mean), torch.tensor(self.task.std)
         both = torch.empty((2, len(images), size, size, 3))
-        for start in range(0, len(images), AT_ONCE):
-            part = slice(start, start + AT_ONCE)
+        step = max(1, AT_ONCE // size**2)
+        for start in range(0, len(images), step):
+            part = slice(start, start + step)
             rows = {name: torch.from_numpy(np.ascontiguousarray(values[part])) for name, values in params.items()}
             seen = _cropped(torch.from_numpy(np.ascontiguousarray(images[part])), rows, size)
             _jitter(seen, rows, self.turns)
@@ -141,7 +142,8 @@ def _jitter(seen: Tensor, rows: Mapping[str, Tensor], turns: int) -> None:
     seen.mul_(brightness).clamp_(0, 1)
     mean = _luma(seen).mean(dim=(-2, -1), keepdim=True)
     seen.mul_(contrast).add_(mean.mul_(1 - contrast)).clamp_(0, 1)
-    seen.mul_(saturation).add_(_luma(seen).mul_(1 - saturation)).clamp_(0, 1)
+    colourless = _luma(seen)
+    seen.mul_(saturation).add_(colourless.mul_(1 - saturation)).clamp_(0, 1)
     for _ in range(turns):
         _turn(seen, hue * (6 / turns))
 

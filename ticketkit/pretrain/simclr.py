@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ticketkit.pretrain._objective import Gather, same
+from ticketkit.pretrain._objective import Gather, Objective, same
 from ticketkit.pretrain._projection import need, projection
 from ticketkit.pretrain._retrieval import evaluate, nt_xent
 from ticketkit.pretrain._views import TwoViews
@@ -73,4 +73,4 @@ class SimCLR:
         return evaluate(network, self.views(task), split, self.temperature)
 
 
-OBJECTIVE = SimCLR
+OBJECTIVE: type[Objective] = SimCLR

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
 from ticketkit import models
-from ticketkit.pretrain._objective import Gather, same
+from ticketkit.pretrain._objective import Gather, Objective, same
 from ticketkit.tasks import Crops, Split, Task, evaluation_batches
 
 
@@ -62,4 +62,4 @@ class Supervised:
         return float(score.compute()), float(total / max(len(split), 1))
 
 
-OBJECTIVE = Supervised
+OBJECTIVE: type[Objective] = Supervised

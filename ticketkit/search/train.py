@@ -119,7 +119,6 @@ class Training:
             self._trained.values(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
         self.network = self.ranks.setup(self.module, self.optimizer)
-        self.own = nn.Module()
         self._set_masks(masks)
         self.own = self.objective.begin(self.module).to(self.device)
 
@@ -187,7 +186,7 @@ class Training:
             for mask, weight in zip(masks.values(), self._weights, strict=True)
         ]
         self._apply_masks()
-        for twin in self.objective.twins(self.own):
+        for twin in self.objective.twins(self.own) if hasattr(self, "own") else ():  # none before it begins from the masked network
             copies = dict(twin.named_parameters())
             torch._foreach_mul_([copies[name].detach() for name in masks], self._factors)
 
