@@ -153,7 +153,7 @@ def perturb(masks: Masks, fraction: float, seed: int) -> dict[str, Mask]:
     if count > kept(zeros):
         raise TicketError(
             f"cannot perturb {fraction:g} of {ones} weights kept: that many ({count}) must be pruned, {kept(zeros)} are;"
-            f" choose a fraction up to {kept(zeros) / ones:.4f} or a sparser ticket"
+            " choose a smaller fraction or a sparser ticket"
         )
     generator = _generator(seed)
     out, back = _draw(masks, count, generator), _draw(zeros, count, generator)
@@ -162,6 +162,8 @@ def perturb(masks: Masks, fraction: float, seed: int) -> dict[str, Mask]:
 
 def similarity(a: Masks, b: Masks) -> float:
     """Relative similarity |a ∩ b| / |a ∪ b| of P1 (Jaccard's index); 1.0 for two masks that keep nothing.
+
+    Masks of unlike sparsity reach at most the smaller number kept over the larger one, which nested masks do.
 
     Raises:
         TicketError: they are of different networks.
@@ -187,11 +189,9 @@ def expected_similarity(a: Masks, b: Masks, by_layer: bool = False) -> float:
         TicketError: they are of different networks.
     """
     _check_alike(a, b)
-    parts = [([a[name]], [b[name]]) for name in a] if by_layer else [(list(a.values()), [b[name] for name in a])]
-    both = 0.0
-    for ours, theirs in parts:
-        size = sum(mask.size for mask in ours)
-        both += sum(map(np.count_nonzero, ours)) * sum(map(np.count_nonzero, theirs)) / size if size else 0.0
+    pairs = [({name: a[name]}, {name: b[name]}) for name in a] if by_layer else [(a, b)]
+    sizes = [sum(mask.size for mask in ours.values()) for ours, _ in pairs]
+    both = sum(kept(ours) * kept(theirs) / size for (ours, theirs), size in zip(pairs, sizes, strict=True) if size)
     return _jaccard(both, kept(a) + kept(b))
 
 
