@@ -127,7 +127,7 @@ def values(dtype: type) -> st.SearchStrategy[float]:
     return st.one_of(st.sampled_from([float(x) for x in often]), st.floats(-(2.0**100), 2.0**100, width=np.finfo(dtype).bits))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data(), rates=st.tuples(st.floats(0.0, 0.99), st.floats(0.0, 0.99)), block=st.one_of(st.just((1, 1)), BLOCKS))
 def test_the_streamed_selection_is_the_partition(data: st.DataObject, rates: tuple[float, float], block: tuple[int, int]) -> None:
     """Bit for bit, in float32, float64 and both at once; the second round starts from masks with holes."""
