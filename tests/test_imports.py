@@ -38,6 +38,7 @@ ROOMS["tasks"] = (BELOW_TORCH | {"models"}, TORCH | {"sklearn", "PIL"})
 ROOMS["pretrain"] = (BELOW_TORCH | {"models", "tasks"}, TORCH)
 ROOMS["capture"] = (BELOW_TORCH | {"models"}, TORCH | {"onnxscript"})
 ROOMS["search"] = (BELOW_TORCH | {"models", "pretrain", "tasks", "capture"}, TORCH | {"rich"})
+ROOMS["analysis"] = (BELOW_TORCH | {"search"}, {"numpy", "rich", "matplotlib"})  # of search only what needs no torch
 ROOMS["estimator"] = ({*ROOMS}, DEPLOY | {"onnx", "rich", "torch", "torchvision"})
 ROOMS["quickstart"] = (set(ROOMS), {"rich", "torch", "torchvision", "numpy", "onnx"})
 ROOMS["cli"] = (set(ROOMS), {"click", "rich", "numpy", "PIL"})

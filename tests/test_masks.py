@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -99,6 +101,75 @@ def test_blocks_go_whole_by_their_mean_magnitude(weights: list[np.ndarray], bloc
         assert all(np.array_equal(*pair) for pair in zip(found, expected, strict=True))
         assert abs(masks.kept(now) - masks.kept(after) - due) <= max(kept.size for kept in before) / 2
         now = after
+
+
+def concatenated(weights: dict[str, np.ndarray], now: dict[str, np.ndarray], rate: float, block: tuple[int, int]) -> dict[str, np.ndarray]:
+    """The oracle of the selection: all magnitudes in one array, and one partition of it."""
+    layers = {name: masks._remaining(name, weights, mask, block) for name, mask in now.items()}
+    pool = np.concatenate([np.repeat(means, sizes) for _, means, sizes in layers.values()])
+    if not (drop := round(rate * pool.size)):
+        return {name: mask.copy() for name, mask in now.items()}
+    threshold = np.partition(pool, drop - 1)[drop - 1]
+    ties, pruned = drop - int(np.count_nonzero(pool < threshold)), {}
+    for name, (left, means, sizes) in layers.items():
+        stays, equal = means > threshold, np.flatnonzero(means == threshold)
+        stays[equal[np.cumsum(sizes[equal]) - sizes[equal] // 2 > ties]] = True
+        ties -= int(sizes[equal].sum())
+        left[left] = stays
+        pruned[name] = now[name] & masks._weights_of(left, now[name].shape, block)
+    return pruned
+
+
+def values(dtype: type) -> st.SearchStrategy[float]:
+    """Zeros, denormals, infinities, many ties, and neighbours that differ in the last bit or two."""
+    one, bit = dtype(1.5), np.finfo(dtype).eps
+    often = [0.0, -0.0, 1.5, -1.5, one + bit, one + 2 * bit, one - bit, np.finfo(dtype).smallest_subnormal, np.finfo(dtype).tiny, np.inf]
+    return st.one_of(st.sampled_from([float(x) for x in often]), st.floats(-(2.0**100), 2.0**100, width=np.finfo(dtype).bits))
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), rates=st.tuples(st.floats(0.0, 0.99), st.floats(0.0, 0.99)), block=st.one_of(st.just((1, 1)), BLOCKS))
+def test_the_streamed_selection_is_the_partition(data: st.DataObject, rates: tuple[float, float], block: tuple[int, int]) -> None:
+    """Bit for bit, in float32, float64 and both at once; the second round starts from masks with holes."""
+    dtypes = data.draw(st.lists(st.sampled_from([np.float32, np.float64]), min_size=1, max_size=4))
+    arrays = (hnp.arrays(dtype, hnp.array_shapes(max_dims=4, max_side=5), elements=values(dtype)) for dtype in dtypes)
+    weights = {str(i): data.draw(array) for i, array in enumerate(arrays)}
+    now = masks.full(weights)
+    for rate in rates:
+        after, expected = masks.global_magnitude(weights, now, rate, block), concatenated(weights, now, rate, block)
+        assert list(after) == list(expected) and all(np.array_equal(after[name], expected[name]) for name in now)
+        now = after
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_last_bit_counts(dtype: type) -> None:
+    """Digits are 16 bits wide: a selection that left one out would take these for ties, and prune the first."""
+    for power in range(np.finfo(dtype).nmant):
+        larger = dtype(1) + np.finfo(dtype).eps * dtype(2**power)
+        after = masks.global_magnitude({"w": np.array([larger, 1], dtype)}, {"w": np.ones(2, bool)}, 0.5)
+        assert after["w"].tolist() == [True, False]
+
+
+def test_infinities_go_last_and_two_of_them_by_index() -> None:
+    weights = {"w": np.array([np.inf, -np.inf, 3e38, 0.0], np.float32)}
+    kept = [masks.global_magnitude(weights, masks.full(weights), rate)["w"].tolist() for rate in (0.25, 0.5, 0.75)]
+    assert kept == [[True, True, True, False], [True, True, False, False], [False, True, False, False]]
+
+
+def test_memory_is_that_of_the_largest_layer() -> None:
+    """Beyond the masks returned. Negative control: the partition takes more than all weights together."""
+    weights = {str(i): np.random.default_rng(i).standard_normal((256, 256), np.float32) for i in range(40)}
+    full, largest = masks.full(weights), weights["0"].nbytes
+
+    def extra(prune: object) -> int:
+        tracemalloc.start()
+        result = prune(weights, full, 0.2, (1, 1))  # type: ignore[operator]
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak - sum(mask.nbytes for mask in result.values())
+
+    assert extra(masks.global_magnitude) < 12 * largest
+    assert extra(concatenated) > 40 * largest
 
 
 @pytest.mark.parametrize("block", [(4, 1), (16, 1), (1, 4), (1, 16), (1, 9), (3, 5), (1000000000, 1), (1, 1000000000)], ids=str)

@@ -14,6 +14,7 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 if TYPE_CHECKING:
+    from ticketkit.analysis.compare import compare
     from ticketkit.errors import TicketkitError
     from ticketkit.estimator import estimate
     from ticketkit.exporters import export
@@ -27,13 +28,16 @@ _HOME = {  # public name -> (module, name there)
     "InferenceSession": ("ticketkit.session", "InferenceSession"),
     "Ticket": ("ticketkit.ticket", "Ticket"),
     "TicketkitError": ("ticketkit.errors", "TicketkitError"),
+    "compare": ("ticketkit.analysis.compare", "compare"),
     "estimate": ("ticketkit.estimator", "estimate"),
     "export": ("ticketkit.exporters", "export"),
     "find": ("ticketkit.search.find", "find"),
     "get_library_path": ("ticketkit.runtime.native", "library_path"),
     "register": ("ticketkit.runtime.ort", "register"),
 }
-__all__ = ["InferenceSession", "Ticket", "TicketkitError", "__version__", "estimate", "export", "find", "get_library_path", "register"]
+__all__ = [
+    "InferenceSession", "Ticket", "TicketkitError", "__version__", "compare", "estimate", "export", "find", "get_library_path", "register",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

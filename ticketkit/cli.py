@@ -290,6 +290,38 @@ def estimate(source: str, sparsity: list[float], layers: bool, as_json: bool, **
         Console(width=None if sys.stdout.isatty() else 140).print(estimator.render(found, layers))
 
 
+@cli.command()
+@click.argument("sources", nargs=-1, required=True, metavar="TICKET|RUN[@K]...")
+@click.option("--round", type=int, metavar="K", help="Round of the run directories named without @K.  [default: the last finished one]")
+@click.option("--layers", is_flag=True, help="Show sparsity and zero kernels of every layer, too.")
+@click.option("--plot", type=click.Path(), metavar="FILE", help="Draw similarities and zero kernels by layer, as .svg or .png.")
+@click.option("--json", "as_json", is_flag=True, help="Print the comparison, with every layer, as JSON.")
+def compare(sources: tuple[str, ...], round: int | None, layers: bool, plot: str | None, as_json: bool) -> None:
+    """Compare the masks of two or more tickets of one network: what they share, and which kernels they leave empty.
+
+    Each is a ticket file or a run directory of `ticketkit find`; RUN@K is its round K. Relative similarity is the number of
+    weights that both keep over the number that either keeps; beside it stands what independent random masks of the same
+    sparsity would share.
+
+    \b
+    ticketkit compare runs/cifar10 runs/digits
+    ticketkit compare runs/a@5 runs/b@5 other.safetensors --layers --plot masks.svg
+    """
+    from rich.console import Console
+
+    from ticketkit.analysis import compare as comparison
+    from ticketkit.analysis import plot as figure
+    from ticketkit.analysis import table
+
+    found = comparison.compare(*sources, round=round)
+    if plot:
+        figure.save(found, plot)
+    if as_json:
+        click.echo(json.dumps(found.to_dict()))
+    else:
+        Console(width=None if sys.stdout.isatty() else 140).print(table.render(found, layers))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; every expected failure is one line on stderr and an exit code other than 0."""
     try:

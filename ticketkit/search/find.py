@@ -154,10 +154,7 @@ def load_round(path: str | os.PathLike[str], round: int | None = None) -> tuple[
         ModelError: the weights do not fit the model.
     """
     run = RunDir(path)
-    config, rows = run.config(), run.rows()
-    if not rows or (round is not None and not 0 <= round < len(rows)):
-        raise TicketError(f"{path}: round {round or 0} is not finished, {len(rows)} rounds are; run find again")
-    trained, ticket = run.round(len(rows) - 1 if round is None else round)
+    config, (trained, ticket) = run.config(), run.round(run.finished(round))
     module = models.build_for(config["model"], trained, config["num_classes"], config["input_shape"][1])
     models.assign(module, ticket.apply(trained))
     return module.eval(), config, ticket

@@ -65,7 +65,8 @@ class Search:
         if source is None:
             return full
         trained, ticket = self.run.round(source)
-        return self.method.masks(trained, ticket.masks, self.config["rate"], self.levels[k], self.block)
+        masks = {name: ticket.masks[name] for name in full}  # in the network's order, which breaks ties; the file's is another
+        return self.method.masks(trained, masks, self.config["rate"], self.levels[k], self.block)
 
     def _begin(self, k: int, masks: Masks, theta: Arrays) -> Training:
         """Round k at its first step: the weights rewound, everything else as new."""

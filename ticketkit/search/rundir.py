@@ -137,6 +137,18 @@ class RunDir:
         write_atomic(self.path / "rounds.jsonl", "".join(lines).encode())
         (self.path / "state.safetensors").unlink(missing_ok=True)
 
+    def finished(self, round: int | None = None) -> int:
+        """The number of a finished round: this one, or by default the last.
+
+        Raises:
+            TicketError: no run directory, or no such round.
+        """
+        self.config()
+        rows = self.rows()
+        if not rows or (round is not None and not 0 <= round < len(rows)):
+            raise TicketError(f"{self.path}: round {round or 0} is not finished, {len(rows)} rounds are; run find again")
+        return len(rows) - 1 if round is None else round
+
     def folder(self, round: int) -> Path:
         """The directory of one round."""
         return self.path / f"round_{round:02d}"
