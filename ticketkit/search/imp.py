@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,7 @@ class Search:
 def find(
     task: str = "digits",
     *,
+    recipe: str | None = None,
     model: str | None = None,
     weights: str | None = None,
     rounds: int | None = None,
@@ -150,6 +152,9 @@ def find(
     lr: float | None = None,
     schedule: str | None = None,
     weight_decay: float | None = None,
+    momentum: float | None = None,
+    milestones: Sequence[float] | None = None,
+    warmup: int | None = None,
     seed: int = 0,
     rewind: str = "pretrained",
     data: str | os.PathLike[str] | None = None,
@@ -162,6 +167,7 @@ def find(
 
     Args:
         task: one of `ticketkit.tasks.names()`.
+        recipe: one of `ticketkit.tasks.RECIPES`, the settings of P1, Table 1; default: the task's. The options below change it.
         model: one of `ticketkit.models.names()`; default: the task's.
         weights: checkpoint file, torchvision weight name, or "random"; default: the model family's.
         rounds: pruning rounds after the dense reference (round 0), default 3. Round k has sparsity 1 - (1 - rate)^k.
@@ -169,9 +175,10 @@ def find(
         rate: fraction of the remaining weights pruned each round.
         granularity: "RxC" prunes whole blocks of R output channels by C weights, by their mean magnitude, such as "4x1" or
             "1x16", see `ticketkit.masks.global_magnitude`; a round's sparsity is then rounded to blocks. "1x1": single weights.
-        epochs, steps: length of a round, one of the two; default: the task's epochs.
-        batch_size, lr, schedule, weight_decay: of SGD with momentum 0.9; default: the task's. Schedules:
-            multistep, cosine, constant.
+        epochs, steps: length of a round, one of the two; default: the recipe's epochs.
+        batch_size, lr, schedule, weight_decay, momentum: of SGD; default: the recipe's. Schedules: multistep, cosine, constant.
+        milestones: fractions of a round at which schedule multistep multiplies the learning rate by 0.1; default: the recipe's.
+        warmup: steps over which the learning rate first rises linearly; default: the recipe's.
         seed: of initialisation, data order and augmentation; 0 is a seed like any other.
         rewind: "pretrained", "init" or "early", see `ticketkit.search.rewind`.
         data: the task's data folder.
@@ -189,22 +196,24 @@ def find(
         KeyboardInterrupt: after Ctrl-C, once the state is on disk.
     """
     chosen, count, block = tasks.get(task), setup.rounds(rounds, sparsity, rate), algebra.parse_block(granularity)
+    named = setup.recipe(recipe, chosen)
     if not checkpoint_seconds >= 0.0:  # "not >=": NaN too
         raise TicketError(f"--checkpoint-seconds: expected 0 or more, got {checkpoint_seconds:g}")
     model = model or chosen.model
     run = RunDir(out if out is not None else Path("runs") / f"{task}-{model}-seed{seed}")
     images = chosen.load(None if data is None else Path(data))
-    training = (epochs, steps, batch_size, lr, schedule, weight_decay)
-    settings = setup.settings(chosen.recipe, len(images.train), seed, *training)
+    training = (epochs, steps, batch_size, lr, schedule, weight_decay, momentum, milestones, warmup)
+    settings = setup.settings(named, len(images.train), seed, *training)
     rewound_step = points.step_of(rewind, settings.steps)
     with torch.random.fork_rng(devices=[]), setup.torch_threads(threads, run), progress or Progress() as shown:
         start = setup.network(model, weights, len(images.classes), chosen.size, seed)
-        pruning = {"rewind": rewind, "rate": rate, "granularity": granularity, "rounds": count}
+        pruning = {"rewind": rewind, "rate": rate, "granularity": granularity, "rounds": count, "recipe": named.name}
         config = setup.config(chosen, model, images, settings, start.source, pruning)
         with run.claim(config):
             if rewind != "early" and not run.has_rewind():
                 run.save_rewind(start.pretrained if rewind == "pretrained" else start.initial)
-            shown.start(count, setup.steps_left(run, settings.steps, rewound_step, count), start.source.remarks)
+            left = setup.steps_left(run, settings.steps, rewound_step, count)
+            shown.start(count, left, f"{named.name}: {settings}", start.source.remarks)
             search = Search(start.module, chosen, images, settings, block, config, run, checkpoint_seconds, shown)
             search.iterate(start.pretrained, count)
     return RunResult(run.path, run.config(), run.rows()[: count + 1])

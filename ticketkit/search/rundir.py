@@ -57,8 +57,8 @@ ROW: Keys = {
     **dict.fromkeys(("metric", "sparsity", "sparsity_model", "kept", "seconds"), ("a number", _number)),
 }
 # May differ when a run is taken up again: how far it goes, where its files lie, and what only describes it.
-FREE = {"rounds", "threads", "version", "weights", "weights_remarks", "classes"}
-EARLIER = {"granularity": "1x1"}  # what runs of versions without these options did
+FREE = {"rounds", "threads", "version", "weights", "weights_remarks", "classes", "recipe"}
+EARLIER = {"granularity": "1x1", "warmup": 0}  # what runs of versions without these options did
 INTACT = "restore the file or choose another --out; the rounds' own folders are still there"
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from ticketkit.errors import TicketError
 from ticketkit.models import Source
 from ticketkit.pretrain import supervised
 from ticketkit.search.rundir import Arrays, RunDir
-from ticketkit.search.train import SCHEDULES, Settings
-from ticketkit.tasks import Data, Recipe, Task
+from ticketkit.search.train import Settings
+from ticketkit.tasks import RECIPES, SCHEDULES, Data, Recipe, Task
 
 ROUNDS = 3
 
@@ -44,6 +45,13 @@ def rounds(count: int | None, sparsity: float | None, rate: float) -> int:
     return (ROUNDS if count is None else count) if sparsity is None else algebra.rounds_to(sparsity, rate)
 
 
+def recipe(name: str | None, task: Task) -> Recipe:
+    """The recipe of that name, the task's where none is given."""
+    if name is not None and name not in RECIPES:
+        raise TicketError(f"--recipe: expected one of {', '.join(RECIPES)}, got {name!r}")
+    return task.recipe if name is None else RECIPES[name]
+
+
 def settings(
     recipe: Recipe,
     images: int,
@@ -54,8 +62,11 @@ def settings(
     lr: float | None,
     schedule: str | None,
     weight_decay: float | None,
+    momentum: float | None,
+    milestones: Sequence[float] | None,
+    warmup: int | None,
 ) -> Settings:
-    """The task's recipe with the user's changes, for `images` training images."""
+    """The recipe with the user's changes, for `images` training images."""
     if epochs is not None and steps is not None:
         raise TicketError("--epochs and --steps say the same thing; give one of them")
     given = {"--epochs": epochs, "--steps": steps, "--batch-size": batch_size}
@@ -70,17 +81,37 @@ def settings(
         raise TicketError(f"--weight-decay: expected 0 or more, got {weight_decay:g}")
     if schedule is not None and schedule not in SCHEDULES:
         raise TicketError(f"--schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}")
+    if momentum is not None and not 0.0 <= momentum < 1.0:
+        raise TicketError(f"--momentum: expected at least 0 and less than 1, got {momentum:g}")
     batch = min(batch_size or recipe.batch_size, images)
+    length, course = steps or (epochs or recipe.epochs) * (images // batch), schedule or recipe.schedule
+    rise = recipe.warmup if warmup is None else warmup
+    if rise != 0 and not 0 < rise < length:
+        raise TicketError(f"--warmup: expected 0 or more steps and fewer than the {length} of a round, got {rise}")
     return Settings(
-        steps=steps or (epochs or recipe.epochs) * (images // batch),
+        steps=length,
         batch_size=batch,
         lr=recipe.lr if lr is None else lr,
-        schedule=schedule or recipe.schedule,
-        milestones=recipe.milestones,
+        schedule=course,
+        milestones=_milestones(recipe, milestones, course),
         weight_decay=recipe.weight_decay if weight_decay is None else weight_decay,
-        momentum=recipe.momentum,
+        momentum=recipe.momentum if momentum is None else momentum,
         seed=seed,
+        warmup=rise,
     )
+
+
+def _milestones(recipe: Recipe, given: Sequence[float] | None, schedule: str) -> tuple[float, ...]:
+    if given is not None and schedule != "multistep":
+        raise TicketError(f"--milestones: only --schedule multistep has them, got {schedule}")
+    if schedule != "multistep":
+        return recipe.milestones
+    fractions = tuple(map(float, recipe.milestones if given is None else given))
+    rising = (0.0, *fractions, 1.0)
+    if not fractions or not all(a < b for a, b in pairwise(rising)):  # "not <": NaN too
+        got = ",".join(f"{fraction:g}" for fraction in fractions) or "none"
+        raise TicketError(f"--milestones: expected increasing fractions of a round between 0 and 1, such as 0.5,0.75, got {got}")
+    return fractions
 
 
 def network(model: str, weights: str | None, num_classes: int, size: int, seed: int) -> Start:
@@ -93,7 +124,7 @@ def network(model: str, weights: str | None, num_classes: int, size: int, seed: 
 
 
 def config(task: Task, model: str, data: Data, settings: Settings, source: Source, pruning: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of run.json; `pruning` are its options rewind, rate, granularity and rounds."""
+    """The content of run.json; `pruning` are its options rewind, rate, granularity and rounds, and the name of its recipe."""
     return {
         "task": task.name,
         "model": model,

@@ -15,9 +15,12 @@ from functools import cache
 from importlib import import_module
 
 from ticketkit.errors import DataError
-from ticketkit.tasks._data import Augmentation, Batches, Data, Recipe, Split, Task, evaluation_batches
+from ticketkit.tasks._data import Augmentation, Batches, Data, Split, Task, evaluation_batches
+from ticketkit.tasks._recipes import RECIPES, SCHEDULES, Recipe, describe
 
-__all__ = ["Augmentation", "Batches", "Data", "Recipe", "Split", "Task", "evaluation_batches", "get", "names"]
+__all__ = [
+    "RECIPES", "SCHEDULES", "Augmentation", "Batches", "Data", "Recipe", "Split", "Task", "describe", "evaluation_batches", "get", "names"
+]  # fmt: skip
 
 
 @cache
