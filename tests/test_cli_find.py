@@ -14,7 +14,6 @@ torch = pytest.importorskip("torch")
 from ticketkit import models, tasks  # noqa: E402
 from ticketkit.cli import main  # noqa: E402
 from ticketkit.search.rewind import POINTS  # noqa: E402
-from ticketkit.search.train import SCHEDULES  # noqa: E402
 
 OPTIONS = [f"--{key.replace('_', '-')}={value}" for key, value in SMALL_RUN.items()]
 Capture = pytest.CaptureFixture[str]
@@ -56,7 +55,9 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(tmp_path: Path, caps
     assert run("find", *words) == 0
     out, err = capsys.readouterr()
     assert [json.loads(line)["round"] for line in out.splitlines()] == [0, 1]
-    assert [line.split()[:2] for line in err.splitlines()] == [["round", "0/1"], ["round", "1/1"]] and "\x1b" not in err
+    first, *rest = err.splitlines()
+    assert first == "training: digits: 2 steps, batch 16, SGD lr 0.1 cosine, momentum 0.9, weight decay 0.0002"
+    assert [line.split()[:2] for line in rest] == [["round", "0/1"], ["round", "1/1"]] and "\x1b" not in err
 
 
 def test_dropped_tensors_are_said(tmp_path: Path, capsys: Capture) -> None:
@@ -69,7 +70,8 @@ def test_dropped_tensors_are_said(tmp_path: Path, capsys: Capture) -> None:
 def test_help_names_every_choice(capsys: Capture) -> None:
     assert run("find", "--help") == 0
     text = capsys.readouterr().out
-    for word in (*tasks.names(), *POINTS, *SCHEDULES, "IMAGENET1K_V1", "4x1", "1x16", "[default: 1x1]", "kill -9", "TICKETKIT_DATA"):
+    words = ("IMAGENET1K_V1", "4x1", "1x16", "[default: 1x1]", "kill -9", "TICKETKIT_DATA")
+    for word in (*tasks.names(), *POINTS, *tasks.SCHEDULES, *tasks.RECIPES, *words):
         assert word in text, word
 
 
@@ -139,6 +141,23 @@ def test_output_that_cannot_be_written(tmp_path: Path, capsys: Capture) -> None:
 def test_another_run_in_the_same_place(small_run: Path, capsys: Capture) -> None:
     line = fails_with_one_line(capsys, "digits", *OPTIONS, "--lr", "0.7", "--out", str(small_run))
     assert "lr is 0.05 there, 0.7 here" in line
+
+
+def test_recipe_is_shown_recorded_and_every_field_of_it_can_be_changed(tmp_path: Path, capsys: Capture) -> None:
+    words = ("digits", "--recipe", "paper-visda", "--steps", "4", "--rounds", "0", "--threads", "1", "--out", str(tmp_path / "run"))
+    changes = ("--batch-size=8", "--lr=0.5", "--momentum=0", "--weight-decay=0", "--milestones=0.25,0.5", "--warmup=2")
+    assert run("find", *words, *changes) == 0
+    shown = capsys.readouterr().err.splitlines()[0]
+    assert shown == (
+        "training: paper-visda: 4 steps, batch 8, SGD lr 0.5 x0.1 at 25 % and 50 %, warm-up 2 steps, momentum 0, weight decay 0"
+    )
+    config = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert config["recipe"] == "paper-visda" and config["milestones"] == [0.25, 0.5] and config["warmup"] == 2
+    same = ("digits", "--recipe", "paper-cifar10", *words[3:])
+    assert run("find", *same, *changes) == 0, "the numbers define the run, not the recipe's name"
+    capsys.readouterr()
+    for change, field in (("--momentum=0.1", "momentum"), ("--milestones=0.5", "milestones"), ("--warmup=0", "warmup")):
+        assert f"{field} is" in fails_with_one_line(capsys, *words, *changes, change)
 
 
 def test_granularity_is_part_of_the_run(tmp_path: Path, capsys: Capture) -> None:

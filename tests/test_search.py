@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -340,6 +341,12 @@ def test_rewind_steps(point: str, steps: int, expected: int) -> None:
         ({"lr": float("nan")}, "--lr"),
         ({"weight_decay": -1.0}, "--weight-decay"),
         ({"schedule": "step"}, "--schedule"),
+        ({"recipe": "paper"}, "--recipe: expected one of paper-imagenet"),
+        *[({"momentum": value}, "--momentum") for value in (-0.1, 1.0, float("nan"))],
+        *[({"warmup": value, "steps": 5}, "--warmup: .* fewer than the 5") for value in (-1, 5)],
+        *[({"milestones": at, "schedule": "multistep"}, "--milestones") for at in ([], [0.0], [1.0], [0.7, 0.5], [0.5, 0.5], [math.nan])],
+        ({"milestones": [0.5]}, "--milestones: only --schedule multistep has them, got cosine"),
+        ({"recipe": "paper-moco", "schedule": "multistep"}, "--milestones: expected .* got none"),
         ({"seed": -1}, "--seed"),
         ({"threads": 0}, "--threads"),
         ({"checkpoint_seconds": float("nan")}, "--checkpoint-seconds"),
@@ -357,7 +364,7 @@ def test_senseless_options_are_refused_before_anything_is_written(tmp_path: Path
 def test_recipe_of_the_paper_is_the_default() -> None:
     """P1, Table 1: 182 epochs, batch 256, lr 0.1 falling at epochs 91 and 136, weight decay 2e-4."""
     task: Task = tasks.get("cifar10")
-    chosen = setup.settings(task.recipe, 45_000, 0, *[None] * 6)
+    chosen = setup.settings(setup.recipe(None, task), 45_000, 0, *[None] * 9)
     assert (chosen.batch_size, chosen.lr, chosen.weight_decay, chosen.momentum) == (256, 0.1, 2e-4, 0.9)
     per_epoch = 45_000 // 256
     assert chosen.steps == 182 * per_epoch

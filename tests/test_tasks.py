@@ -14,12 +14,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from PIL import Image  # noqa: E402
-from torchvision.datasets import CIFAR10, CIFAR100  # noqa: E402
+from scipy.io import loadmat, savemat  # noqa: E402
+from torchvision.datasets import CIFAR10, CIFAR100, SVHN  # noqa: E402
 
 from ticketkit import models, tasks  # noqa: E402
 from ticketkit.errors import DataError  # noqa: E402
 from ticketkit.pretrain.supervised import Supervised  # noqa: E402
-from ticketkit.tasks._data import Augmentation, Batches, Crops, Recipe, Split, Task, evaluation_batches, split, to_input  # noqa: E402
+from ticketkit.tasks import Augmentation, Batches, Crops, Recipe, Split, Task, evaluation_batches, visda  # noqa: E402
+from ticketkit.tasks._data import split, to_input  # noqa: E402
 
 PIXELS = np.random.default_rng(0)
 
@@ -54,11 +56,29 @@ def make_fashion(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (folder / f"{kind}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, 20) + bytes(i % 10 for i in range(20)))
 
 
-def make_images(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for part, name in ((part, name) for part in ("train", "test") for name in ("ants", "bees")):
+def make_folders(root: Path, parts: tuple[str, ...], classes: tuple[str, ...]) -> None:
+    for part, name in ((part, name) for part in parts for name in classes):
         (root / part / name).mkdir(parents=True)
         for i, size in enumerate(((40, 30), (30, 50), (300, 280))):
             Image.fromarray(PIXELS.integers(0, 256, (*size, 3), dtype=np.uint8)).save(root / part / name / f"{i}.png")
+
+
+def make_images(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_folders(root, ("train", "test"), ("ants", "bees"))
+
+
+def make_visda(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_folders(root, ("train", "validation"), visda.CLASSES)
+    for part in ("train", "validation"):
+        (root / part / "image_list.txt").write_text("aeroplane/0.png 0\n")  # beside the folders in the archives
+
+
+def make_svhn(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MATLAB files: X uint8 [32, 32, 3, N], y uint8 [N, 1] with 10 for the digit 0."""
+    for part in ("train", "test"):
+        labels = np.arange(20, dtype=np.uint8)[:, None] % 10 + 1
+        savemat(root / f"{part}_32x32.mat", {"X": PIXELS.integers(0, 256, (32, 32, 3, 20), dtype=np.uint8), "y": labels})
+    monkeypatch.setattr(SVHN, "_check_integrity", lambda self: True)
 
 
 MAKE: dict[str, Callable[[Path, pytest.MonkeyPatch], None]] = {
@@ -67,6 +87,8 @@ MAKE: dict[str, Callable[[Path, pytest.MonkeyPatch], None]] = {
     "digits": lambda root, monkeypatch: None,
     "fashion-mnist": make_fashion,
     "image-folder": make_images,
+    "svhn": make_svhn,
+    "visda": make_visda,
 }
 
 
@@ -201,6 +223,43 @@ def test_unusable_image_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (tmp_path / "train" / name).mkdir()
     with pytest.raises(DataError, match="no image"):
         load(tmp_path)
+
+
+def test_svhn_digits_and_pixels_are_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_svhn(tmp_path, monkeypatch)
+    data, stored = tasks.get("svhn").load(tmp_path), loadmat(tmp_path / "test_32x32.mat")
+    assert data.test.labels.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0] * 2 and data.classes[0] == "0", "10 is the digit 0"
+    np.testing.assert_array_equal(data.test.images[7], stored["X"][..., 7])
+    assert not tasks.get("svhn").augmentation.flip, "a mirrored digit is another sign"
+
+
+@pytest.mark.parametrize("keep", [None, 0, 300, -1])
+def test_missing_truncated_and_altered_svhn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: int | None) -> None:
+    """Refused by the MD5 of the official files, before they are parsed."""
+    make_svhn(tmp_path, monkeypatch)
+    load = tasks.get("svhn").load
+    assert len(load(tmp_path).test) == 20, "whole but for its MD5"
+    monkeypatch.undo()
+    path = tmp_path / "test_32x32.mat"
+    path.unlink() if keep is None else path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(DataError, match=r"expected train_32x32\.mat and test_32x32\.mat .* complete and unaltered") as caught:
+        load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_visda_has_its_twelve_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_visda(tmp_path, monkeypatch)
+    data = tasks.get("visda").load(tmp_path)
+    assert data.classes == visda.CLASSES and len(data.classes) == 12 and len(data.train) + len(data.val) == len(data.test) == 36
+    picture = tmp_path / "validation" / "truck" / "0.png"
+    whole = picture.read_bytes()
+    picture.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"truck/0\.png: not a whole image"):
+        tasks.get("visda").load(tmp_path)
+    for part in ("validation", "train"):
+        shutil.rmtree(tmp_path / part / "truck")
+        with pytest.raises(DataError, match=f"{part}: expected the class folders aeroplane, .*, got aeroplane, .* train$"):
+            tasks.get("visda").load(tmp_path)
 
 
 def counting_task(stored: int, size: int, **augmentation: object) -> tuple[Task, Split]:

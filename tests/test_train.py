@@ -94,6 +94,14 @@ def test_schedules(schedule: str, expected: list[float]) -> None:
     assert [chosen.lr_at(step) for step in range(8)] == pytest.approx(expected)
 
 
+def test_warm_up_is_linear_and_ends_in_the_schedule() -> None:
+    """Goyal et al. 2017, section 2.2."""
+    for schedule in ("constant", "multistep", "cosine"):
+        warm, cold = (settings(schedule=schedule, steps=8, lr=1.0, warmup=warmup) for warmup in (4, 0))
+        factors = [warm.lr_at(step) / cold.lr_at(step) for step in range(8)]
+        assert factors == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0])
+
+
 def test_divergence_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"diverged: .* lower --lr"):
         find("digits", out=tmp_path / "run", lr=1e30, **TINY)

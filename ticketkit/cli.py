@@ -54,6 +54,7 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("task")
+@click.option("--recipe", metavar="NAME", help="Training settings, see above; the options below change them.  [default: the task's]")
 @click.option("--model", metavar="NAME", help="Network, e.g. resnet20 or resnet50.  [default: the task's]")
 @click.option("--weights", metavar="W", help="Pretrained weights: a checkpoint file (safetensors or torch), a torchvision name"
               " such as IMAGENET1K_V1, or random.  [default: random; IMAGENET1K_V1 for torchvision's networks]")
@@ -62,12 +63,16 @@ def cli() -> None:
 @click.option("--rate", type=float, default=0.2, show_default=True, help="Fraction of the remaining weights pruned each round.")
 @click.option("--granularity", default="1x1", show_default=True, metavar="RxC",
               help="Prune whole blocks of R output channels by C weights, e.g. 4x1, 16x1 or 1x16; 1x1 is single weights.")
-@click.option("--epochs", type=int, metavar="N", help="Epochs of training in each round.  [default: the task's]")
+@click.option("--epochs", type=int, metavar="N", help="Epochs of training in each round.  [default: the recipe's]")
 @click.option("--steps", type=int, metavar="N", help="Instead of --epochs: optimizer steps in each round.")
-@click.option("--batch-size", type=int, metavar="N", help="Images per step.  [default: the task's]")
-@click.option("--lr", type=float, help="Learning rate of SGD at the start of a round.  [default: the task's]")
-@click.option("--schedule", metavar="NAME", help="Of the learning rate: multistep, cosine or constant.  [default: the task's]")
-@click.option("--weight-decay", type=float, help="L2 penalty.  [default: the task's]")
+@click.option("--batch-size", type=int, metavar="N", help="Images per step.  [default: the recipe's]")
+@click.option("--lr", type=float, help="Learning rate of SGD at the start of a round.  [default: the recipe's]")
+@click.option("--schedule", metavar="NAME", help="Of the learning rate: multistep, cosine or constant.  [default: the recipe's]")
+@click.option("--milestones", metavar="F[,F...]", callback=_floats,
+              help="Where multistep divides it by 10: fractions of a round, e.g. 0.5,0.75.  [default: the recipe's]")
+@click.option("--warmup", type=int, metavar="N", help="Steps over which it first rises linearly.  [default: the recipe's]")
+@click.option("--momentum", type=float, help="Of SGD.  [default: the recipe's]")
+@click.option("--weight-decay", type=float, help="L2 penalty.  [default: the recipe's]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of initialisation, data order and augmentation.")
 @click.option("--rewind", default="pretrained", show_default=True, metavar="POINT",
               help="Weights each round restarts from: pretrained, init (random) or early (after 5% of the dense training).")
@@ -86,7 +91,9 @@ def find(task: str, as_json: bool, **options: Any) -> None:
     where it was stopped, even by kill -9.
 
     \b
-    TASK is one of   digits (needs no data), cifar10, cifar100, fashion-mnist, image-folder
+    TASK is one of   digits (needs no data), cifar10, cifar100, svhn, fashion-mnist, visda, image-folder
+    --recipe is one of   paper-imagenet, paper-simclr, paper-moco, paper-cifar10, paper-cifar100, paper-svhn,
+                         paper-fashion-mnist, paper-visda (Table 1 of Chen et al. 2021)
     ticketkit find digits
     ticketkit find cifar10 --data DIR --weights resnet20.th --epochs 2 --lr 0.01 --sparsity 0.9
     """

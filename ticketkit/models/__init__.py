@@ -29,6 +29,7 @@ from torch import nn
 
 from ticketkit.errors import ModelError
 from ticketkit.models._checkpoint import Source, fit, load_checkpoint, state_sha256
+from ticketkit.models._layouts import take
 
 __all__ = [
     "Source", "arrays", "assign", "build", "build_for", "evaluating", "family", "features", "fit", "load_checkpoint", "load_weights",
@@ -82,7 +83,8 @@ def load_weights(name: str, module: nn.Module, weights: str | None = None) -> So
         name: the module's model name.
         module: from `build`; changed in place.
         weights: a checkpoint file, the name of published weights (torchvision's), or "random" to leave the module as it is.
-            None: what the family states as its default.
+            None: what the family states as its default. Of a checkpoint of self-supervised training the network is taken, see
+            `_layouts`; its projection head too where the module's head has the same names and shapes.
 
     Raises:
         ModelError: unreadable weights, or weights of another model.
@@ -95,7 +97,8 @@ def load_weights(name: str, module: nn.Module, weights: str | None = None) -> So
         state = {key: tensor.numpy() for key, tensor in home.published(name, weights).items()}
     else:
         state = load_checkpoint(weights)
-    return Source(weights, state_sha256(state), fit(module, state, home.STEM, home.HEAD))
+    state, remarks = take(state, home.STEM)
+    return Source(weights, state_sha256(state), (*remarks, *fit(module, state, home.STEM, home.HEAD)))
 
 
 def rule(name: str) -> dict[str, list[str]]:

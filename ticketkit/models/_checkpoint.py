@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ticketkit.errors import ModelError, TicketError, first_line
+from ticketkit.models._layouts import ROOTS
 from ticketkit.ticket import KEY, read_safetensors, split_pruned
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -37,7 +38,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
     """The state dict in a file, as numpy arrays; floating ones as float32.
 
     Reads safetensors, and torch files with `weights_only=True`, so that no code of the file runs. Unwraps `state_dict`,
-    `model_state_dict` and `model`, and takes off `module.` prefixes. The keys of `torch.nn.utils.prune` stay as they are, for
+    `model_state_dict` and `model`, takes off `module.` prefixes, and joins state dicts that lie side by side (`_layouts.ROOTS`) by a
+    dot. What else there is beside the network stays, for `_layouts.take`. The keys of `torch.nn.utils.prune` stay as they are, for
     `Ticket.from_state_dict`.
 
     Raises:
@@ -113,9 +115,15 @@ def _read_torch(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     while isinstance(loaded, Mapping):
         inner = next((loaded[key] for key in WRAPPERS if isinstance(loaded.get(key), Mapping)), None)
         if inner is None:
-            return loaded
+            return _joined(loaded) if any(isinstance(loaded.get(root), Mapping) for root in ROOTS) else loaded
         loaded = inner
     raise ModelError(f"{path}: expected a state dict, got a {type(loaded).__name__}")
+
+
+def _joined(files: Mapping[str, Any]) -> Mapping[str, Any]:
+    """{"resnet": {"fc.bias": t}, "epoch": 3} -> {"resnet.fc.bias": t}"""
+    groups = [(root, group) for root, group in files.items() if isinstance(group, Mapping)]
+    return {f"{root}.{_plain(name)}": value for root, group in groups for name, value in group.items()}
 
 
 def _read_safetensors(path: str | os.PathLike[str]) -> Mapping[str, Any]:
@@ -128,7 +136,8 @@ def _read_safetensors(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     return tensors
 
 
-def _plain(key: str) -> str:
+def _plain(key: object) -> str:
+    key = str(key)  # a dictionary of tensors may have numbers for keys
     while key.startswith("module."):
         key = key.removeprefix("module.")
     return key

@@ -44,6 +44,7 @@ class RunResult:
 def find(
     task: str = "digits",
     *,
+    recipe: str | None = None,
     model: str | None = None,
     weights: str | None = None,
     objective: str = "supervised",
@@ -62,6 +63,9 @@ def find(
     lr: float | None = None,
     schedule: str | None = None,
     weight_decay: float | None = None,
+    momentum: float | None = None,
+    milestones: Sequence[float] | None = None,
+    warmup: int | None = None,
     accumulate: int = 1,
     seed: int = 0,
     data: str | os.PathLike[str] | None = None,
@@ -76,6 +80,7 @@ def find(
 
     Args:
         task: one of `ticketkit.tasks.names()`; a self-supervised objective takes its images alone.
+        recipe: one of `ticketkit.tasks.RECIPES`, the settings of P1, Table 1; default: the task's. The options below change it.
         model: one of `ticketkit.models.names()`; default: the task's.
         weights: checkpoint file, torchvision weight name, or "random"; default: the model family's.
         objective: one of `ticketkit.pretrain.names()`: supervised, simclr, moco.
@@ -88,9 +93,11 @@ def find(
         granularity: "RxC" prunes whole blocks of R output channels by C weights, by their mean magnitude, such as "4x1" or
             "1x16", see `ticketkit.masks.global_magnitude`; a round's sparsity is then rounded to blocks. "1x1": single weights.
         rewind: "pretrained", "init", "early" or "lr", see `ticketkit.search.rewind`.
-        epochs, steps: length of a round, one of the two; default: the task's epochs.
-        batch_size, lr, schedule, weight_decay: of SGD with momentum 0.9; default: the task's. Schedules:
-            multistep, cosine, constant. The batch is that of all processes together.
+        epochs, steps: length of a round, one of the two; default: the recipe's epochs.
+        batch_size, lr, schedule, weight_decay, momentum: of SGD; default: the recipe's. Schedules: multistep, cosine, constant.
+            The batch is that of all processes together.
+        milestones: fractions of a round at which schedule multistep multiplies the learning rate by 0.1; default: the recipe's.
+        warmup: steps over which the learning rate first rises linearly; default: the recipe's.
         accumulate: parts in which each process works off its share of a batch, to save memory.
         seed: of initialisation, data order and augmentation; 0 is a seed like any other.
         data: the task's data folder.
@@ -111,7 +118,7 @@ def find(
     """
     chosen, how, block = tasks.get(task), methods.get(method), algebra.parse_block(granularity)
     goal = setup.objective(objective, temperature=temperature, queue=queue, key_momentum=key_momentum)
-    levels = setup.levels(how, rounds, sparsity, rate)
+    levels, named = setup.levels(how, rounds, sparsity, rate), setup.recipe(recipe, chosen)
     if rewind in points.POINTS and rewind not in how.rewinds:
         raise TicketError(f"--rewind: method {method} prunes while it trains; expected {' or '.join(how.rewinds)}, got {rewind}")
     if not checkpoint_seconds >= 0.0:  # "not >=": NaN too
@@ -120,20 +127,21 @@ def find(
     model = model or chosen.model
     run = RunDir(out if out is not None else Path("runs") / f"{task}-{model}-seed{seed}")
     images = chosen.load(None if data is None else Path(data))
-    training = (epochs, steps, batch_size, lr, schedule, weight_decay, accumulate)
-    settings = setup.settings(chosen.recipe, len(images.train), seed, *training)
+    training = (epochs, steps, batch_size, lr, schedule, weight_decay, momentum, milestones, warmup, accumulate)
+    settings = setup.settings(named, len(images.train), seed, *training)
     rewound_step = points.step_of(rewind, settings.steps)
     ranks = Ranks(machine)
     ranks.launch()
     with torch.random.fork_rng(devices=[]), setup.torch_threads(threads, run), setup.shown(progress, ranks) as shown:
         start = setup.network(model, weights, len(images.classes), chosen.size, seed, goal)
-        pruning = {"method": method, "rewind": rewind, "rate": rate, "granularity": granularity, "rounds": len(levels) - 1}
+        pruning = {"method": method, "rewind": rewind, "rate": rate, "granularity": granularity}
+        pruning |= {"rounds": len(levels) - 1, "recipe": named.name}
         config = setup.config(chosen, model, images, settings, start.source, goal, ranks.machine, how, levels, pruning)
         with run.claim(config, ranks.first):
             if ranks.first:
                 setup.keep_start(run, start, rewind)
                 left = setup.steps_left(run, settings.steps, rewound_step, len(levels) - 1)
-                shown.start(len(levels) - 1, left, start.source.remarks)
+                shown.start(len(levels) - 1, left, f"{named.name}: {settings}", start.source.remarks)
             log_to = logs.Log(log if ranks.first else None, run.path)
             parts = (start.module, chosen, images, goal, how, levels, settings, block, config, run, ranks, log_to)
             Search(*parts, checkpoint_seconds, shown).iterate(start.pretrained)

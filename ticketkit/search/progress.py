@@ -24,8 +24,9 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         return
 
-    def start(self, rounds: int, steps: int, remarks: tuple[str, ...]) -> None:
-        """A search of `rounds` rounds begins, `steps` steps of it are left; `remarks` say what was dropped from the weights."""
+    def start(self, rounds: int, steps: int, training: str, remarks: tuple[str, ...]) -> None:
+        """A search of `rounds` rounds begins, `steps` steps of it are left; `training` is the recipe as it takes effect, in one
+        line, and `remarks` say what was dropped from the weights."""
 
     def step(self, round: int, sparsity: float, loss: float, accuracy: float) -> None:
         """One more step is done; accuracy over this epoch's training batches so far."""
@@ -43,10 +44,10 @@ class Lines(Progress):
     def _say(self, line: str) -> None:
         print(line, file=self.stream, flush=True)
 
-    def start(self, rounds: int, steps: int, remarks: tuple[str, ...]) -> None:
+    def start(self, rounds: int, steps: int, training: str, remarks: tuple[str, ...]) -> None:
         self.rounds = rounds
-        for remark in remarks:
-            self._say(f"weights: {remark}")
+        for line in _opening(steps, training, remarks):
+            self._say(line)
 
     def finished(self, row: Row, dense: Row) -> None:
         self._say(describe(row, dense, self.rounds))
@@ -67,11 +68,11 @@ class Live(Progress):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.bars.stop()
 
-    def start(self, rounds: int, steps: int, remarks: tuple[str, ...]) -> None:
+    def start(self, rounds: int, steps: int, training: str, remarks: tuple[str, ...]) -> None:
         self.rounds = rounds
         self.task = self.bars.add_task("loading", total=steps)
-        for remark in remarks:
-            self.bars.console.print(f"weights: {remark}", markup=False)
+        for line in _opening(steps, training, remarks):
+            self.bars.console.print(line, markup=False, highlight=False)
 
     def step(self, round: int, sparsity: float, loss: float, accuracy: float) -> None:
         words = f"round {round}/{self.rounds}  {sparsity:.1%} sparse  loss {loss:.3f}  train {accuracy:.1%}"
@@ -87,6 +88,11 @@ def describe(row: Row, dense: Row, rounds: int) -> str:
         f"round {row['round']}/{rounds}  sparsity {row['sparsity']:.2%}  {row['metric_name']} {row['metric']:.2%} "
         f"({100 * (row['metric'] - dense['metric']):+.2f} points to dense)  {row['seconds']:.0f} s"
     )
+
+
+def _opening(steps: int, training: str, remarks: tuple[str, ...]) -> list[str]:
+    """What is said before the first step; how it is trained only where something is left to train."""
+    return [*([f"training: {training}"] if steps else []), *(f"weights: {remark}" for remark in remarks)]
 
 
 def choose() -> Progress:

@@ -60,10 +60,11 @@ ROW: Keys = {
 }
 # May differ when a run is taken up again: how far it goes, where its files lie, and what only describes it.
 FREE = {
-    "rounds", "threads", "version", "weights", "weights_remarks", "classes", "devices", "nodes", "strategy", "accelerator", "compile",
+    "rounds", "threads", "version", "weights", "weights_remarks", "classes", "recipe", "devices", "nodes", "strategy", "accelerator",
+    "compile",
 }  # fmt: skip
 EARLIER = {  # what runs of versions without these options did
-    "granularity": "1x1", "method": "imp", "method_options": {}, "levels": [], "objective_options": {}, "accumulate": 1,
+    "granularity": "1x1", "warmup": 0, "method": "imp", "method_options": {}, "levels": [], "objective_options": {}, "accumulate": 1,
     "precision": "32-true",
 }  # fmt: skip
 INTACT = "restore the file or choose another --out; the rounds' own folders are still there"

@@ -23,9 +23,8 @@ from ticketkit.masks import Masks
 from ticketkit.pretrain import Objective
 from ticketkit.pretrain.supervised import Supervised
 from ticketkit.search.ranks import Ranks
-from ticketkit.tasks import Batches
+from ticketkit.tasks import Batches, describe
 
-SCHEDULES = ("multistep", "cosine", "constant")
 State = Mapping[str, NDArray[Any]]
 
 
@@ -41,16 +40,25 @@ class Settings:
     weight_decay: float
     momentum: float
     seed: int
+    warmup: int = 0
     accumulate: int = 1
 
+    def __str__(self) -> str:
+        """One line, as that of a `Recipe`."""
+        return describe(f"{self.steps} steps", self)
+
     def lr_at(self, step: int) -> float:
-        """Learning rate of step number `step`, counted from 0; a pure function, so a resumed run needs no scheduler state."""
+        """Learning rate of step number `step`, counted from 0; a pure function, so a resumed run needs no scheduler state.
+
+        Over the first `warmup` steps the schedule's is multiplied by 1/warmup, 2/warmup, … 1 (Goyal et al. 2017, section 2.2).
+        """
         done = step / self.steps
+        lr = self.lr * min(1.0, (step + 1) / self.warmup) if self.warmup else self.lr
         if self.schedule == "cosine":
-            return self.lr * 0.5 * (1.0 + math.cos(math.pi * done))
+            return lr * 0.5 * (1.0 + math.cos(math.pi * done))
         if self.schedule == "multistep":
-            return float(self.lr * 0.1 ** sum(done >= milestone for milestone in self.milestones))
-        return self.lr
+            return float(lr * 0.1 ** sum(done >= milestone for milestone in self.milestones))
+        return lr
 
 
 @dataclass(frozen=True)

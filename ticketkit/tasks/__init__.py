@@ -15,9 +15,13 @@ from functools import cache
 from importlib import import_module
 
 from ticketkit.errors import DataError
-from ticketkit.tasks._data import Augmentation, Batches, Crops, Data, Params, Recipe, Split, Task, Views, evaluation_batches
+from ticketkit.tasks._data import Augmentation, Batches, Crops, Data, Params, Split, Task, Views, evaluation_batches
+from ticketkit.tasks._recipes import RECIPES, SCHEDULES, Recipe, describe
 
-__all__ = ["Augmentation", "Batches", "Crops", "Data", "Params", "Recipe", "Split", "Task", "Views", "evaluation_batches", "get", "names"]
+__all__ = [
+    "RECIPES", "SCHEDULES", "Augmentation", "Batches", "Crops", "Data", "Params", "Recipe", "Split", "Task", "Views", "describe",
+    "evaluation_batches", "get", "names",
+]  # fmt: skip
 
 
 @cache

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ticketkit.errors import DataError
+from ticketkit.tasks._recipes import Recipe
 
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
@@ -22,27 +23,6 @@ Params = Mapping[str, NDArray[Any]]
 IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
 IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 HELD_OUT = 0.1
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a task is trained: SGD with momentum, and a schedule over the steps of one round.
-
-    `milestones` are fractions of the round, and each multiplies the learning rate by 0.1 (schedule "multistep"; the others are
-    "cosine", down to 0 at the end, and "constant").
-    """
-
-    epochs: int
-    batch_size: int
-    lr: float
-    schedule: str
-    weight_decay: float
-    momentum: float = 0.9
-    milestones: tuple[float, ...] = (91 / 182, 136 / 182)
-
-
-# P1, Table 1: CIFAR-10, CIFAR-100, SVHN, Fashion-MNIST
-SMALL_IMAGES = Recipe(epochs=182, batch_size=256, lr=0.1, schedule="multistep", weight_decay=2e-4)
 
 
 @dataclass(frozen=True)

@@ -24,4 +24,4 @@ def read(dataset: type[Any], folder: Path, train: bool, expected: str) -> tuple[
         reason = str(error).strip().split("\n")[0].split(". You can")[0] or type(error).__name__
         raise DataError(f"{folder}: expected {expected}, complete and unaltered ({reason}); download it again") from None
     classes = tuple(str(name) for name in loaded.classes)
-    return np.asarray(loaded.data, np.uint8), np.asarray(loaded.targets, np.int64), classes
+    return np.ascontiguousarray(loaded.data, np.uint8), np.asarray(loaded.targets, np.int64), classes

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from torchvision.datasets import CIFAR10
 
-from ticketkit.tasks._data import IMAGENET_MEAN, IMAGENET_STD, SMALL_IMAGES, Augmentation, Data, Split, Task, need, split
+from ticketkit.tasks._data import IMAGENET_MEAN, IMAGENET_STD, Augmentation, Data, Split, Task, need, split
+from ticketkit.tasks._recipes import RECIPES
 from ticketkit.tasks._torchvision import read
 
 EXPECTED = "cifar-10-batches-py/ (the official python version of CIFAR-10)"
@@ -30,6 +31,6 @@ TASK = Task(
     mean=IMAGENET_MEAN,
     std=IMAGENET_STD,
     model="resnet20",
-    recipe=SMALL_IMAGES,
+    recipe=RECIPES["paper-cifar10"],
     augmentation=Augmentation(pad=4, flip=True),
 )

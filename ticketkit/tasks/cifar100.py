@@ -14,7 +14,8 @@ import numpy as np
 from torchvision.datasets import CIFAR100
 
 from ticketkit.errors import DataError
-from ticketkit.tasks._data import IMAGENET_MEAN, IMAGENET_STD, SMALL_IMAGES, Augmentation, Data, Split, Task, need, split
+from ticketkit.tasks._data import IMAGENET_MEAN, IMAGENET_STD, Augmentation, Data, Split, Task, need, split
+from ticketkit.tasks._recipes import RECIPES
 from ticketkit.tasks._torchvision import read
 
 EXPECTED = "cifar-100-python/ (the official python version of CIFAR-100) or cifar100.npz"
@@ -47,6 +48,6 @@ TASK = Task(
     mean=IMAGENET_MEAN,
     std=IMAGENET_STD,
     model="resnet32",
-    recipe=SMALL_IMAGES,
+    recipe=RECIPES["paper-cifar100"],
     augmentation=Augmentation(pad=4, flip=True),
 )

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from sklearn.datasets import load_digits
 
-from ticketkit.tasks._data import Augmentation, Data, Recipe, Split, Task, split
+from ticketkit.tasks._data import Augmentation, Data, Split, Task, split
+from ticketkit.tasks._recipes import Recipe
 
 MEAN, STD = 0.3053, 0.3760  # of all pixels
 
@@ -33,6 +34,6 @@ TASK = Task(
     mean=(MEAN,) * 3,
     std=(STD,) * 3,
     model="resnet20",
-    recipe=Recipe(epochs=8, batch_size=64, lr=0.1, schedule="cosine", weight_decay=2e-4),
+    recipe=Recipe(epochs=8, batch_size=64, lr=0.1, schedule="cosine", weight_decay=2e-4, name="digits"),
     augmentation=Augmentation(pad=2),
 )

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets import FashionMNIST
 
-from ticketkit.tasks._data import SMALL_IMAGES, Augmentation, Data, Split, Task, need, split
+from ticketkit.tasks._data import Augmentation, Data, Split, Task, need, split
+from ticketkit.tasks._recipes import RECIPES
 from ticketkit.tasks._torchvision import read
 
 EXPECTED = "FashionMNIST/raw/ (the four official idx files, unpacked)"
@@ -30,6 +31,6 @@ TASK = Task(
     mean=(MEAN,) * 3,
     std=(STD,) * 3,
     model="resnet20",
-    recipe=SMALL_IMAGES,
+    recipe=RECIPES["paper-fashion-mnist"],
     augmentation=Augmentation(pad=2, flip=True),
 )
