@@ -12,7 +12,8 @@ import pytest
 from graphs import conv_net
 
 from ticketkit import cost, estimator
-from ticketkit.cli import DISTRIBUTIONS, main
+from ticketkit.cli import main
+from ticketkit.cli.files import DISTRIBUTIONS
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ import targets
 from graphs import conv_net, graph, node, normal, pruned, run
 from onnx import numpy_helper
 
-from ticketkit.cli import TARGETS, main
+from ticketkit.cli import main
+from ticketkit.cli.files import TARGETS
 from ticketkit.exporters import names
 from ticketkit.inputs import IMAGE_KEY, ImageRule, read_input, top
 from ticketkit.lower import lower, operators, read

@@ -29,11 +29,15 @@ from ticketkit.ticket import Ticket
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished search: its directory, run.json and the lines of rounds.jsonl (row 0 is the dense reference)."""
+    """A finished search: its directory, run.json and the lines of rounds.jsonl (row 0 is the dense reference).
+
+    `first` tells, of several processes, the one that speaks for all.
+    """
 
     path: Path
     config: dict[str, Any]
     rows: list[Row]
+    first: bool = True
 
     @property
     def ticket(self) -> Ticket:
@@ -146,7 +150,7 @@ def find(
             parts = (start.module, chosen, images, goal, how, levels, settings, block, config, run, ranks, log_to)
             Search(*parts, checkpoint_seconds, shown).iterate(start.pretrained)
             ranks.fabric.barrier()
-    return RunResult(run.path, run.config(), run.rows()[: len(levels)])
+    return RunResult(run.path, run.config(), run.rows()[: len(levels)], ranks.first)
 
 
 def load_round(path: str | os.PathLike[str], round: int | None = None) -> tuple[nn.Module, dict[str, Any], Ticket]:
