@@ -152,6 +152,16 @@ def test_another_configuration_in_the_same_directory_is_refused(small_run: Path,
     assert "\n" not in str(caught.value) and (small_run / "run.json").read_bytes() == before
 
 
+def test_runs_from_before_recipes_and_warm_up_go_on(small_run: Path, tmp_path: Path) -> None:
+    run = copied(small_run, tmp_path)
+    config = json.loads((run / "run.json").read_text())
+    assert config.pop("recipe") == "digits" and config.pop("warmup") == 0
+    (run / "run.json").write_text(json.dumps(config))
+    assert find("digits", out=run, **SMALL_RUN).rows == rows_of(small_run)
+    with pytest.raises(TicketError, match="warmup is 0 there, 1 here"):
+        find("digits", out=run, warmup=1, **SMALL_RUN)
+
+
 def test_two_searches_do_not_share_a_directory(small_run: Path) -> None:
     run = RunDir(small_run)
     with run.claim(run.config()), pytest.raises(TicketError, match="another process"):
