@@ -12,7 +12,7 @@ import pairs  # noqa: E402
 from ticketkit import models  # noqa: E402
 from ticketkit.pretrain.moco import Keys, MoCo, info_nce  # noqa: E402
 
-SMALL = MoCo(momentum=0.9, queue=20, dim=6, bn_groups=2)
+SMALL = MoCo(key_momentum=0.9, queue=20, dim=6, bn_groups=2)
 
 
 def units(seed: int, count: int, dim: int = 6) -> torch.Tensor:

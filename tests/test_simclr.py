@@ -154,7 +154,7 @@ def test_both_views_share_one_batch_of_statistics() -> None:
     assert apart.item() != expected.item()
 
 
-@pytest.mark.parametrize("objective", [SimCLR(), MoCo(momentum=0.99, queue=256, bn_groups=2)], ids=lambda o: o.name)
+@pytest.mark.parametrize("objective", [SimCLR(), MoCo(key_momentum=0.99, queue=256, bn_groups=2)], ids=lambda o: o.name)
 def test_training_finds_partners_among_unseen_digits(objective: SimCLR | MoCo, monkeypatch: pytest.MonkeyPatch) -> None:
     """100 steps lower the loss and raise the retrieval by half among 20 test images; steps of no length (negative control) do not."""
     monkeypatch.setattr(_retrieval, "GROUP", 20)

@@ -7,6 +7,7 @@ compared by hash: ranks that each prune for themselves end with different masks.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -87,6 +88,7 @@ class Ranks:
         """Start the other processes and connect them all; nothing where there is one."""
         with quiet():
             self.fabric.launch()
+        warnings.filterwarnings("ignore", "torch.distributed.nn.functional.* is deprecated")  # of Fabric's own calls
 
     def setup(self, module: nn.Module, optimizer: Optimizer) -> nn.Module:
         """What is called in training in place of `module`: on its device, in its precision, gradients averaged over the ranks.
