@@ -113,11 +113,13 @@ class GMP:
 class ACDC:
     """Peste et al. 2021, algorithm 1: dense warm-up, then phases of the whole network under a fresh top-k mask and without one.
 
-    After a decompression the pruned weights grow again from zero, with no momentum. The last phase is compressed and longest.
+    After a decompression the pruned weights grow again from zero, and the momentum of all weights starts again from zero, as in the
+    authors' code (`reset_momentum_after_recycling`). The last phase is compressed, and with the one before it longer than the others:
+    of 100 epochs theirs on ImageNet compress 10-15, 20-25, ... 70-75 and 85-100.
 
     Attributes:
         warmup: fraction of the round before the first compression.
-        phase: fraction of the round that each phase takes.
+        phase: fraction of the round that each phase takes, at least one step.
         last: fraction of the round from which on the network stays compressed.
     """
 
@@ -125,7 +127,7 @@ class ACDC:
     rewinds: ClassVar[tuple[str, ...]] = ("pretrained", "init")
     warmup: float = 0.1
     phase: float = 0.05
-    last: float = 0.75
+    last: float = 0.85
 
     def source(self, round: int) -> None:
         """The masks start full."""
@@ -135,12 +137,14 @@ class ACDC:
         return algebra.full(masks)
 
     def due(self, level: float, steps: int) -> Due:
-        """Compressed at warmup, then by turns; compressed for good from `last` on."""
-        at: dict[int, Change] = {}
-        bounds = [self.warmup + n * self.phase for n in range(round((self.last - self.warmup) / self.phase))]
-        for n, bound in enumerate(bounds):
-            at[int(bound * steps)] = Change(level, nested=False) if n % 2 == 0 else Change(0.0, nested=False, forget=True)
-        at[int(self.last * steps)] = Change(level, nested=False)
+        """Compressed at warmup and decompressed a phase later, as often as a phase or more is left before `last`; then compressed."""
+        first, last = round(self.warmup * steps), min(round(self.last * steps), steps - 1)
+        phase = max(1, round(self.phase * steps))
+        compress, at = Change(level, nested=False), {}
+        for n in range((last - first) // (2 * phase)):
+            at[first + 2 * n * phase] = compress
+            at[first + (2 * n + 1) * phase] = Change(0.0, nested=False, forget=True)
+        at[last] = compress
         return at.get
 
 
