@@ -71,7 +71,7 @@ def test_rounds_load_and_export(runs: dict[str, Path], name: str, tmp_path: Path
     with torch.no_grad():
         expected = module(images).numpy()
     assert expected.shape == (2, 128)
-    export(runs[name], tmp_path / "net.onnx", format="onnx_dense")
+    export(runs[name], tmp_path / "net.onnx", format="onnx-dense")
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
     (got,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
