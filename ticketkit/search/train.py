@@ -2,12 +2,15 @@
 
 Masks need no hooks and no extra parameters: the weights are multiplied by their masks at the optimizer step. Multiplying by a
 mask of ones changes no bit, so the dense reference runs through the same loop. A pruned weight's momentum lives on, unseen.
+
+Where only some parameters are `trainable` (a linear probe trains the head alone), the others are frozen: the optimizer does not
+know them, and modules without a trainable parameter stay in evaluation mode, so that norm statistics do not move either.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,18 +53,29 @@ class Settings:
 
 
 class Training:
-    """One round in progress: module, optimizer and position. `step` counts finished steps; `state` and `load` save and resume."""
+    """One round in progress: module, optimizer and position. `step` counts finished steps; `state` and `load` save and resume.
 
-    def __init__(self, module: nn.Module, masks: Masks, settings: Settings, round: int, first_step: int = 0) -> None:
+    `trainable` are the names of the parameters that train, None for all of them; ModelError for a name the module does not have.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        masks: Masks,
+        settings: Settings,
+        round: int,
+        first_step: int = 0,
+        trainable: Sequence[str] | None = None,
+    ) -> None:
         torch.manual_seed(int(np.random.SeedSequence((settings.seed, round)).generate_state(1)[0]))
         self.fabric = Fabric(accelerator="auto", devices=1)
         self.module = module.to(self.fabric.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         self.settings, self.round, self.step = settings, round, first_step
         self.loss, self.accuracy = math.nan, math.nan
         parameters = dict(self.module.named_parameters())
-        self.optimizer = torch.optim.SGD(
-            parameters.values(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
-        )
+        self._frozen = _freeze(self.module, trainable)
+        training = [parameter for parameter in parameters.values() if parameter.requires_grad]
+        self.optimizer = torch.optim.SGD(training, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay)
         self._weights = [parameters[name].detach() for name in masks]  # shares memory with the parameters
         self._masks = [
             torch.from_numpy(mask).to(weight).to(memory_format=torch.channels_last)
@@ -88,6 +102,8 @@ class Training:
 
     def _one_step(self, images: torch.Tensor, labels: torch.Tensor) -> int:
         images, labels = self.fabric.to_device((images, labels))
+        for layer in self._frozen:  # at each step: whoever measures in between may put the whole module back into training mode
+            layer.training = False
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr_at(self.step)
         self.optimizer.zero_grad()
@@ -128,3 +144,17 @@ class Training:
                 self.optimizer.state[parameter]["momentum_buffer"] = buffer.copy_(torch.from_numpy(part["momentum"][name]))
         torch.set_rng_state(torch.from_numpy(part["rng"][""].copy()))
         self.step = int(part["position"][""][1])
+
+
+def _freeze(module: nn.Module, trainable: Sequence[str] | None) -> list[nn.Module]:
+    """Let only the parameters named `trainable` (None: all) have gradients; the submodules that have none of these in them."""
+    parameters = dict(module.named_parameters())
+    chosen = set(parameters if trainable is None else trainable)
+    if trainable is not None and (not chosen or not chosen <= parameters.keys()):
+        strange = ", ".join(sorted(chosen - parameters.keys())) or "none"
+        raise ModelError(f"trainable: expected parameters of the model, got {strange}; wrong head rule?")
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in chosen)
+    if trainable is None:
+        return []
+    return [layer for layer in module.modules() if not any(parameter.requires_grad for parameter in layer.parameters())]
