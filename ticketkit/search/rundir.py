@@ -62,6 +62,10 @@ EARLIER = {"granularity": "1x1"}  # what runs of versions without these options 
 INTACT = "restore the file or choose another --out; the rounds' own folders are still there"
 
 
+class BusyError(TicketError):
+    """Another process is at work in the directory."""
+
+
 class RunDir:
     """Reads and writes one run directory; every write is atomic."""
 
@@ -73,8 +77,8 @@ class RunDir:
         """Make the directory for a run of this configuration, or check that it holds one; nobody else may write it meanwhile.
 
         Raises:
-            TicketError: it holds a run of another configuration (the fields are named) or other files, another process is at
-                work in it, or it cannot be written.
+            BusyError: another process is at work in it.
+            TicketError: it holds a run of another configuration (the fields are named) or other files, or it cannot be written.
         """
         self._check(config)
         try:
@@ -205,7 +209,7 @@ def _lock(file: IO[str], path: Path) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise TicketError(f"{path}: another process is at work on this run; wait for it or choose another --out") from None
+            raise BusyError(f"{path}: another process is at work on this run; wait for it or choose another --out") from None
 
 
 def _short(value: Any) -> str:
