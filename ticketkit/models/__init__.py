@@ -15,7 +15,7 @@ lottery-ticket papers); heads, norms and biases are not.
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -29,7 +29,10 @@ from torch import nn
 from ticketkit.errors import ModelError
 from ticketkit.models._checkpoint import Source, fit, load_checkpoint, state_sha256
 
-__all__ = ["Source", "arrays", "assign", "build", "family", "fit", "load_checkpoint", "load_weights", "names", "prunable", "rule"]
+__all__ = [
+    "Source", "arrays", "assign", "build", "family", "fit", "in_head", "load_checkpoint", "load_weights", "names", "prunable", "rule",
+    "state_sha256",
+]  # fmt: skip
 
 
 @cache
@@ -104,7 +107,12 @@ def prunable(name: str, module: nn.Module) -> list[str]:
     """Parameter names that may be pruned, in the module's order: weights of every convolution outside stem and head."""
     spared = [*family(name).STEM, *family(name).HEAD]
     convolutions = [path for path, layer in module.named_modules() if isinstance(layer, nn.Conv2d)]
-    return [f"{path}.weight" for path in convolutions if not any(path == s or path.startswith(f"{s}.") for s in spared)]
+    return [f"{path}.weight" for path in convolutions if not _within(path, spared)]
+
+
+def in_head(name: str, path: str) -> bool:
+    """True if `path`, a module or a tensor of the network `name`, belongs to its head."""
+    return _within(path, family(name).HEAD)
 
 
 def arrays(module: nn.Module) -> dict[str, NDArray[Any]]:
@@ -124,3 +132,7 @@ def assign(module: nn.Module, state: Mapping[str, NDArray[Any]]) -> None:
         wrong = sorted(own.keys() ^ state.keys()) or [name for name in own if tuple(own[name].shape) != state[name].shape]
         raise ModelError(f"{wrong[0]}: the weights do not fit the model (missing, left over or of another shape)")
     module.load_state_dict({name: torch.from_numpy(np.array(value, copy=True)) for name, value in state.items()})
+
+
+def _within(path: str, modules: Iterable[str]) -> bool:
+    return any(path == module or path.startswith(f"{module}.") for module in modules)
