@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,29 @@ def _fractions(context: click.Context, parameter: click.Parameter, texts: Sequen
     return [number for text in texts for number in _numbers(text, float) or []]
 
 
+def _levels(context: click.Context, parameter: click.Parameter, text: str | None) -> list[Any] | str | None:
+    return text if text == "all" else _numbers(text, int)
+
+
+def _training(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of every command that trains."""
+    options = (
+        click.option("--epochs", type=int, metavar="N", help="Epochs of each training.  [default: the task's]"),
+        click.option("--steps", type=int, metavar="N", help="Instead of --epochs: optimizer steps of each training."),
+        click.option("--batch-size", type=int, metavar="N", help="Images per step.  [default: the task's]"),
+        click.option("--lr", type=float, help="Learning rate of SGD at the start of a training.  [default: the task's]"),
+        click.option("--schedule", metavar="NAME", help="Of the learning rate: multistep, cosine or constant.  [default: the task's]"),
+        click.option("--weight-decay", type=float, help="L2 penalty.  [default: the task's]"),
+        click.option("--data", type=click.Path(), metavar="DIR", envvar="TICKETKIT_DATA", show_envvar=True,
+                     help="Folder that holds the task's images, in the layout torchvision downloads."),
+        click.option("--threads", type=int, metavar="N", help="CPU threads.  [default: torch's choice]"),
+        click.option("--checkpoint-seconds", type=float, default=60.0, show_default=True, help="At most this much is lost by a crash."),
+    )  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @click.group(context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="ticketkit")
 def cli() -> None:
@@ -47,6 +70,7 @@ def cli() -> None:
     \b
     ticketkit quickstart                          the whole line on embedded data, one honest table
     ticketkit find digits --out runs/digits       a ticket by iterative magnitude pruning
+    ticketkit verify runs/digits --seeds 3        does it match the dense network, over three seeds?
     ticketkit export runs/digits -o digits.onnx   one small ONNX file that runs everywhere
     ticketkit bench digits.onnx                   sparse against the fastest dense engine
     """
@@ -62,20 +86,11 @@ def cli() -> None:
 @click.option("--rate", type=float, default=0.2, show_default=True, help="Fraction of the remaining weights pruned each round.")
 @click.option("--granularity", default="1x1", show_default=True, metavar="RxC",
               help="Prune whole blocks of R output channels by C weights, e.g. 4x1, 16x1 or 1x16; 1x1 is single weights.")
-@click.option("--epochs", type=int, metavar="N", help="Epochs of training in each round.  [default: the task's]")
-@click.option("--steps", type=int, metavar="N", help="Instead of --epochs: optimizer steps in each round.")
-@click.option("--batch-size", type=int, metavar="N", help="Images per step.  [default: the task's]")
-@click.option("--lr", type=float, help="Learning rate of SGD at the start of a round.  [default: the task's]")
-@click.option("--schedule", metavar="NAME", help="Of the learning rate: multistep, cosine or constant.  [default: the task's]")
-@click.option("--weight-decay", type=float, help="L2 penalty.  [default: the task's]")
+@_training
 @click.option("--seed", type=int, default=0, show_default=True, help="Of initialisation, data order and augmentation.")
 @click.option("--rewind", default="pretrained", show_default=True, metavar="POINT",
               help="Weights each round restarts from: pretrained, init (random) or early (after 5% of the dense training).")
-@click.option("--data", type=click.Path(), metavar="DIR", envvar="TICKETKIT_DATA", show_envvar=True,
-              help="Folder that holds the task's images, in the layout torchvision downloads.")
 @click.option("--out", type=click.Path(), metavar="RUN_DIR", help="Where rounds are written.  [default: runs/TASK-MODEL-seedN]")
-@click.option("--threads", type=int, metavar="N", help="CPU threads.  [default: torch's choice]")
-@click.option("--checkpoint-seconds", type=float, default=60.0, show_default=True, help="At most this much is lost by a crash.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line a round in place of the table.")
 def find(task: str, as_json: bool, **options: Any) -> None:
     """Find lottery tickets on TASK: train, prune the smallest weights, rewind, repeat.
@@ -101,6 +116,55 @@ def find(task: str, as_json: bool, **options: Any) -> None:
             click.echo(json.dumps(row))
     else:
         table(result.rows, result.path)
+
+
+@cli.command()
+@click.argument("ticket", metavar="RUN_DIR|TICKET")
+@click.option("--task", "tasks", multiple=True, metavar="NAME", help="To train on; repeat it.  [default: where the ticket was found]")
+@click.option("--seeds", type=int, default=3, show_default=True, metavar="N", help="Runs of each training, with seeds 0 to N-1.")
+@click.option("--levels", metavar="K,K|all", callback=_levels, help="Rounds of the run directory, or all.  [default: the last]")
+@click.option("--control", "controls", multiple=True, metavar="C", help="Train a control beside each level, see above; repeat it.")
+@click.option("--mode", default="full", show_default=True, metavar="M",
+              help="full: everything trains; linear: the head alone, the rest is frozen.")
+@click.option("--select", default="last", show_default=True, metavar="W",
+              help="Weights that are measured: the last, or those of the epoch best on validation images (best).")
+@click.option("--start", default="rewound", show_default=True, metavar="W",
+              help="Weights of the ticket: rewound, or the sparse-trained ones of its round (trained).")
+@click.option("--dense-weights", type=click.Path(), metavar="FILE", help="Pretrained weights, where the ticket was rewound to others.")
+@_training
+@click.option("--out", type=click.Path(), default="runs/verify", show_default=True, metavar="DIR",
+              help="Store of all trainings; calls and processes may share it.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
+def verify(ticket: str, as_json: bool, **options: Any) -> None:
+    """Does the ticket match the dense network? Train both alike, over several seeds, on one or more tasks.
+
+    TICKET is a ticket file with weights or the run directory of `ticketkit find`. Every training starts with a new head.
+    Trainings are kept by content: the same command goes on where it was stopped, even by kill -9, and other calls reuse
+    what they share. What is chosen is chosen on validation images; test images are measured once a training.
+
+    \b
+    matching    strict: mean accuracy at least the dense one; one sd: at least that less one standard deviation
+    winning     matching, from the pretrained weights
+    universal   matching on every task
+
+    \b
+    --control random      as many weights, chosen uniformly over all layers
+    --control shuffled    as many weights in each layer, at other places
+    --control complement  the weights that the ticket prunes
+    --control perturb=P   the fraction P of the ones, and as many zeros, flipped
+    --control reinit      the ticket's mask on random weights
+
+    \b
+    ticketkit verify runs/digits
+    ticketkit verify runs/c10 --task cifar10 --task fashion-mnist --levels all --control random --data DIR
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in find
+    from ticketkit.search.progress import choose
+    from ticketkit.verifier import table
+    from ticketkit.verifier import verify as compare
+
+    report = compare(ticket, **options, progress=choose())
+    click.echo(json.dumps(report.to_dict())) if as_json else table.show(report)
 
 
 @cli.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,7 @@ class Data:
     test: Split
     classes: tuple[str, ...]
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Hash over all images and labels: two runs on one hash saw the same data."""
         digest = hashlib.sha256()

@@ -19,6 +19,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ticketkit import masks as algebra
 from ticketkit import models
 from ticketkit.errors import TicketError
@@ -72,7 +74,7 @@ class Origin:
         masks = self.ticket(self.levels[0] if variant.kind == "dense" else variant.level).masks
         name, _, fraction = variant.kind.partition("=")
         if name == "dense":
-            return algebra.full(masks)
+            return {name: np.ones(mask.shape, np.bool_) for name, mask in masks.items()}
         if name == "random":
             return algebra.random_like(masks, seed)
         if name == "shuffled":
