@@ -54,6 +54,8 @@ class Origin:
         if start not in STARTS:
             raise TicketError(f"--start: expected one of {', '.join(STARTS)}, got {start!r}")
         self.path, self.start = Path(path), start
+        if not self.path.exists():
+            raise TicketError(f"{path}: no such file or folder; expected a ticket file or the run directory of `ticketkit find`")
         self.run = RunDir(path) if self.path.is_dir() else None
         self.levels = _file_levels(self.path, levels, start) if self.run is None else _run_levels(self.run, levels)
         self._round = lru_cache(maxsize=1)(self._read)

@@ -31,9 +31,9 @@ class Row:
     matching_test: Verdict
 
     @property
-    def winning(self) -> Verdict:
-        """Whether it is a winning ticket, by the test images."""
-        return winning(self.matching_test, self.pretrained)
+    def winning(self) -> Verdict | None:
+        """Whether it is a winning ticket, by the test images; None for a control."""
+        return None if self.control else winning(self.matching_test, self.pretrained)
 
     @property
     def rung(self) -> Rung:
@@ -57,8 +57,8 @@ class TaskReport:
         """The rows that are no controls."""
         return [row for row in self.rows if row.control is None]
 
-    def highest(self, rule: str) -> Highest:
-        """The sparsest matching tickets, by one of `verdicts.RULES`."""
+    def highest(self, rule: str) -> Highest | None:
+        """The sparsest matching tickets, by one of `verdicts.RULES`; None for one seed and the one-sd rule."""
         return highest([row.rung for row in self.tickets], rule)
 
     def test_of(self, rung: Rung) -> Sample:
@@ -86,7 +86,7 @@ class TaskReport:
             "test": row.test.to_dict(),
             "difference": row.test.mean - self.test.mean,
             "matching": {"val": row.matching_val.to_dict(), "test": row.matching_test.to_dict()},
-            "winning": row.winning.to_dict(),
+            "winning": row.winning and row.winning.to_dict(),
         }
 
 
@@ -110,8 +110,8 @@ class Report:
         levels = zip(*(report.tickets for report in self.tasks), strict=True)
         return [_together([row.rung for row in rows]) for rows in levels]
 
-    def highest_universal(self, rule: str) -> Highest:
-        """The sparsest universal tickets, by one of `verdicts.RULES`."""
+    def highest_universal(self, rule: str) -> Highest | None:
+        """The sparsest universal tickets, by one of `verdicts.RULES`; None for one seed and the one-sd rule."""
         return highest(self.universal, rule)
 
     def to_dict(self) -> dict[str, Any]:
@@ -134,7 +134,10 @@ def _together(rungs: Sequence[Rung]) -> Rung:
     return Rung(rungs[0].level, rungs[0].sparsity, universal([r.val for r in rungs]), universal([r.test for r in rungs]))
 
 
-def _highest_dict(found: Highest, report: TaskReport | None = None) -> dict[str, Any]:
+def _highest_dict(found: Highest | None, report: TaskReport | None = None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+
     def named(rung: Rung | None) -> dict[str, Any] | None:
         if rung is None:
             return None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 from rich.console import Console
 from rich.table import Table
 
 from ticketkit.verifier.report import Report, Row, TaskReport
-from ticketkit.verifier.verdicts import RULES, Highest, Rung, Sample, Verdict
+from ticketkit.verifier.verdicts import RULES, Highest, Rung, Sample
 
 WORDS = {"one_sd": "one sd", "strict": "strict"}
 MODES = {"full": "everything trains", "linear": "linear probe: the head alone trains"}
@@ -14,7 +16,7 @@ MODES = {"full": "everything trains", "linear": "linear probe: the head alone tr
 
 def show(report: Report) -> None:
     """Print it to stdout."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)
     for task in report.tasks:
         _line(console, _title(report, task))
         console.print(_levels(task))
@@ -51,16 +53,15 @@ def _levels(task: TaskReport) -> Table:
 
 
 def _verdict(row: Row, rule: str) -> str:
-    return "winning" if row.winning.by(rule) else _matches(row.matching_test, rule)
+    return "winning" if row.winning and row.winning.by(rule) else _answer(row.matching_test.by(rule), "matching", "no")
 
 
-def _matches(verdict: Verdict, rule: str) -> str:
-    answer = verdict.by(rule)
-    return "unknown" if answer is None else "matching" if answer else "no"
+def _answer(answer: bool | None, yes: str, no: str) -> str:
+    return "unknown" if answer is None else yes if answer else no
 
 
 def _summary(report: Report) -> Table:
-    grid = _grid("highest matching", "rule", "chosen on validation", "its test images", "chosen on test, as papers do")
+    grid = _grid("highest matching", "rule", "chosen on validation", "test images", "chosen on test, as papers do")
     for task in report.tasks:
         for rule in RULES:
             _add(grid, task.task, rule, task.highest(rule))
@@ -70,9 +71,12 @@ def _summary(report: Report) -> Table:
     return grid
 
 
-def _add(grid: Table, name: str, rule: str, found: Highest) -> None:
-    chosen = "–" if found.by_validation is None else _matches(found.by_validation.test, rule)
-    grid.add_row(name, WORDS[rule], _rung(found.by_validation), chosen, _rung(found.by_test))
+def _add(grid: Table, name: str, rule: str, found: Highest | None) -> None:
+    if found is None:
+        grid.add_row(name, WORDS[rule], "unknown", "–", "unknown")
+        return
+    confirmed = _answer(found.confirmed, "confirm it", "do not confirm it") if found.by_validation else "–"
+    grid.add_row(name, WORDS[rule], _rung(found.by_validation), confirmed, _rung(found.by_test))
 
 
 def _rung(rung: Rung | None) -> str:

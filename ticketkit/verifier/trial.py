@@ -57,11 +57,12 @@ class Subject:
 
 @dataclass(frozen=True)
 class Result:
-    """Metrics of one finished training, fractions in [0, 1]; `step` is the step whose weights were measured."""
+    """Metrics of one finished training, fractions in [0, 1], of the weights of one `step`, which have that sha256."""
 
     val: float
     test: float
     step: int
+    weights_sha256: str
     seconds: float
 
 
@@ -109,7 +110,13 @@ class Trial:
             return None
         try:
             values = json.loads(path.read_text())
-            found = Result(float(values["val"]), float(values["test"]), int(values["step"]), float(values["seconds"]))
+            found = Result(
+                val=float(values["val"]),
+                test=float(values["test"]),
+                step=int(values["step"]),
+                weights_sha256=str(values["weights_sha256"]),
+                seconds=float(values["seconds"]),
+            )
             if not (0.0 <= found.val <= 1.0 and 0.0 <= found.test <= 1.0):
                 raise ValueError(f"val {found.val}, test {found.test}")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -162,7 +169,7 @@ class Trial:
                 seconds = self._sit(module, masks, selection, batches(), every, progress)
             except ModelError as error:
                 raise ModelError(f"{self}: {error}") from None
-            result = Result(*selection.measure(), round(seconds, 1))
+            result = selection.measure(seconds)
             write_atomic(run.path / "result.json", (json.dumps(asdict(result), indent=2) + "\n").encode())
             (run.path / "state.safetensors").unlink(missing_ok=True)
         return result
@@ -220,11 +227,12 @@ class Selection:
         if self.trial.subject.select == "best" and (score := self._metric(self.trial.subject.data.val)) > self.score:
             self.step, self.score, self._best = step, score, models.arrays(self.module)
 
-    def measure(self) -> tuple[float, float, int]:
-        """Metric on validation and on test images of the chosen weights, and their step; at the end of training."""
+    def measure(self, seconds: float) -> Result:
+        """Of the chosen weights, at the end of a training that took `seconds`."""
         if self._best:
             models.assign(self.module, self._best)
-        return self._metric(self.trial.subject.data.val), self._metric(self.trial.subject.data.test), self.step
+        val, test = (self._metric(split) for split in (self.trial.subject.data.val, self.trial.subject.data.test))
+        return Result(val, test, self.step, models.state_sha256(models.arrays(self.module)), round(seconds, 1))
 
     def state(self) -> Arrays:
         """What a resumed training must know of the choice so far."""

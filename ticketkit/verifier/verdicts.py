@@ -104,8 +104,10 @@ class Highest:
     unbroken_by_test: Rung | None
 
 
-def highest(rungs: Sequence[Rung], rule: str) -> Highest:
-    """Both ways to choose, by one of `RULES`; `rungs` in any order."""
+def highest(rungs: Sequence[Rung], rule: str) -> Highest | None:
+    """Both ways to choose, by one of `RULES`; `rungs` in any order. None where the rule leaves a verdict open."""
+    if any(verdict.by(rule) is None for rung in rungs for verdict in (rung.val, rung.test)):
+        return None
     ladder = sorted(rungs, key=lambda rung: rung.sparsity)
     val, test = ([bool(getattr(rung, split).by(rule)) for rung in ladder] for split in ("val", "test"))
     chosen = _last(ladder, val)
