@@ -95,7 +95,7 @@ class RunDir:
 
     def _check(self, config: Mapping[str, Any]) -> None:
         if (self.path / "run.json").exists():
-            there = {**EARLIER, **self.config()}
+            there = {**{key: value for key, value in EARLIER.items() if key in config}, **self.config()}
             differ = [key for key in sorted({*config, *there} - FREE) if config.get(key) != there.get(key)]
             if differ:
                 fields = "; ".join(f"{key} is {_short(there.get(key))} there, {_short(config.get(key))} here" for key in differ)
