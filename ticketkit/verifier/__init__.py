@@ -14,6 +14,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from ticketkit import tasks as known
 from ticketkit.errors import TicketError
 from ticketkit.search import setup
@@ -82,7 +84,7 @@ def verify(
     subjects = [Subject(task, task.load(folder), mode, select) for task in map(known.get, _task_names(tasks, origin))]
     settings = {s.task.name: [setup.settings(s.task.recipe, len(s.data.train), seed, *changes) for seed in range(seeds)] for s in subjects}
     plan = Plan(origin, kinds, subjects, settings, Path(out))
-    with progress or Progress() as shown:
+    with torch.random.fork_rng(devices=[]), progress or Progress() as shown:
         results = plan.train(threads, checkpoint_seconds, shown)
     return Report(
         ticket=str(ticket),

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from ticketkit import models
@@ -158,9 +157,11 @@ class Trial:
         Raises:
             BusyError: another process is at work on it.
             KeyboardInterrupt: after Ctrl-C, once the state is on disk.
+
+        torch's random numbers are seeded; the caller puts them back.
         """
         run = self.run
-        with torch.random.fork_rng(devices=[]), setup.torch_threads(threads, run), run.claim(self.config()):
+        with setup.torch_threads(threads, run), run.claim(self.config()):
             if finished := self.result():
                 return finished  # by another process, meanwhile
             module, masks, _ = self.begin()
