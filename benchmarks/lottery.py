@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import command
-from ticketkit.verifier import verify
 
 from ticketkit import __version__, tasks
 from ticketkit.bench import machine
 from ticketkit.errors import DataError
 from ticketkit.search.progress import choose
 from ticketkit.search.rundir import RunDir
+from ticketkit.verifier import verify
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ROWS = RESULTS / "lottery.jsonl"
@@ -89,10 +89,11 @@ def _controls(row: dict[str, Any]) -> tuple[str, ...]:
 
 def page(found: list[dict[str, Any]]) -> str:
     """The rows as a page in Markdown."""
-    lines = ["# Tickets on other tasks", "", "Written by `python benchmarks/lottery.py --report` from `lottery.jsonl`; means over the seeds"]
+    lines = ["# Tickets on other tasks", "", "`python benchmarks/lottery.py --report` wrote it from `lottery.jsonl`: means over the seeds"]
     lines += ["± one sample standard deviation of the accuracy on test images, in %.", ""]
     lines += ["## Highest matching sparsity, %", ""]
-    lines += ["| found on | transferred to | n | dense | by one sd | strict | chosen on validation, one sd |", "|---|---|---|---|---|---|---|"]
+    lines += ["| found on | transferred to | n | dense | by one sd | strict | chosen on validation, one sd |"]
+    lines += ["|---|---|---|---|---|---|---|"]
     for row in (row for row in found if not _controls(row)):
         highest = row["highest"]
         by = [_level(highest[rule] and highest[rule]["by_test"]) for rule in RULES]

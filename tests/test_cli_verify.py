@@ -65,7 +65,8 @@ def test_one_seed_is_said_to_have_no_deviation(small_run: Path, store: Path, cap
 def test_progress_is_plain_lines_where_there_is_no_terminal(small_run: Path, tmp_path: Path, capsys: Capture) -> None:
     words = ("verify", str(small_run), *FAST, "--seeds=1", "--control=complement", "--out", str(tmp_path / "store"), "--json")
     assert run(*words) == 0
-    lines = capsys.readouterr().err.splitlines()
+    recipe, *lines = capsys.readouterr().err.splitlines()
+    assert recipe.startswith("training: digits 1 steps, batch 16, SGD lr 0.1 cosine")
     assert lines[0] == "weights: digits: newly initialised: linear.weight, linear.bias" and "\x1b" not in "".join(lines)
     starts = ["digits: dense, seed 0: ", "digits: ticket of level 2, seed 0: ", "digits: control complement of level 2, seed 0: "]
     assert all(line.startswith(start) for line, start in zip(lines[1:], starts, strict=True))

@@ -98,7 +98,7 @@ def probed(data: Data, stop: int, resumed: dict[str, np.ndarray] | None = None) 
             raise StopIteration
 
     with contextlib.suppress(StopIteration):
-        training.run(Batches(DIGITS, data.train, 32), after_step)
+        training.run(Batches(data.train, Crops(DIGITS), 32), after_step)
     return training
 
 
