@@ -92,8 +92,8 @@ def probed(data: Data, stop: int, resumed: dict[str, np.ndarray] | None = None) 
         training.load(resumed)
 
     def after_step(now: Training) -> None:
-        now.module.eval()
-        now.module.train()
+        with models.evaluating(now.module):
+            pass
         if now.step == stop:
             raise StopIteration
 

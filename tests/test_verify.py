@@ -121,6 +121,17 @@ def test_run_directory_may_hold_the_pretrained_weights(small_run: Path, tmp_path
     assert planned(run, out=tmp_path).origin.dense_sha256 != own
 
 
+def test_learning_rate_rewinding_began_with_the_pretrained_weights(small_run: Path, tmp_path: Path) -> None:
+    """Its tickets hold trained weights; those of rewind.safetensors are θ_p."""
+    run = Path(shutil.copytree(small_run, tmp_path / "run"))
+    ticket = Ticket.load(run / "round_02" / "ticket.safetensors")
+    trained, _ = read_safetensors(run / "round_01" / "weights.safetensors")
+    Ticket(ticket.masks, trained, {**ticket.meta, "rewind": "lr"}).save(run / "round_02" / "ticket.safetensors")
+    plan = planned(run, out=tmp_path)
+    assert plan.origin.dense_sha256 == planned(small_run, out=tmp_path).origin.dense_sha256
+    assert plan.identities[Variant("ticket", 2), 0].weights_sha256 != plan.origin.dense_sha256, "so it cannot be winning"
+
+
 # several tasks
 
 

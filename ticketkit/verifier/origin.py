@@ -109,6 +109,8 @@ class Origin:
             return models.read_weights(self.model, str(given))[0]
         if self.run is not None and (self.run.path / "pretrained.safetensors").is_file():
             return read_safetensors(self.run.path / "pretrained.safetensors")[0]
+        if self.run is not None and self.meta.get("rewind") == "lr":  # its rounds go on from trained weights, but began with θ_p
+            return self.run.rewind()
         if self.meta.get("rewind") == "pretrained":
             return self.ticket(self.levels[0]).weights
         raise TicketError(
