@@ -57,6 +57,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def little_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every task is that of `small.little`."""
+    from small import little
+
+    monkeypatch.setattr("ticketkit.tasks.get", little)
+
+
 @pytest.fixture(scope="session")
 def data() -> Data:
     """The images of `digits`."""

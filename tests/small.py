@@ -1,6 +1,9 @@
-"""A small network on digits, and how the tests of the search train it."""
+"""A small network on digits, and how the tests of search and verification train it."""
 
 from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ torch = pytest.importorskip("torch")
 
 from ticketkit import models, tasks  # noqa: E402
 from ticketkit.search.train import Settings  # noqa: E402
+from ticketkit.tasks import Data, Split, Task  # noqa: E402
 
 DIGITS = tasks.get("digits")
 TINY = {"rounds": 1, "steps": 2, "batch_size": 32, "threads": 1}
@@ -26,3 +30,19 @@ def start() -> torch.nn.Module:
 
 def everything(module: torch.nn.Module) -> dict[str, np.ndarray]:
     return {name: weights[name] for weights in [models.arrays(module)] for name in models.prunable("resnet20", module)}
+
+
+def little(name: str = "digits", classes: int = 10, wrong: bool = False) -> Task:
+    """Digits with 64 training, 24 validation and 24 test images: an epoch of 4 steps of 16.
+
+    `classes` merges labels that are neighbours; `wrong` gives every test image a wrong label.
+    """
+
+    def load(folder: Path | None) -> Data:
+        whole = DIGITS.load(None)
+        parts = [part.take(np.arange(count)) for part, count in ((whole.train, 64), (whole.val, 24), (whole.test, 24))]
+        train, val, test = (Split(part.images, part.labels * classes // 10) for part in parts)
+        shifted = Split(test.images, (test.labels + 1) % classes) if wrong else test
+        return Data(train, val, shifted, tuple("0123456789"[:classes]))
+
+    return dataclasses.replace(DIGITS, name=name, load=load)

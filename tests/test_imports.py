@@ -39,6 +39,7 @@ ROOMS["pretrain"] = (BELOW_TORCH | {"models", "tasks"}, TORCH)
 ROOMS["capture"] = (BELOW_TORCH | {"models"}, TORCH | {"onnxscript"})
 ROOMS["search"] = (BELOW_TORCH | {"models", "pretrain", "tasks", "capture"}, TORCH | {"rich"})
 ROOMS["analysis"] = (BELOW_TORCH | {"search"}, {"numpy", "rich", "matplotlib"})  # of search only what needs no torch
+ROOMS["verifier"] = (BELOW_TORCH | {"models", "pretrain", "tasks", "search"}, TORCH | {"rich"})
 ROOMS["estimator"] = ({*ROOMS}, DEPLOY | {"onnx", "rich", "torch", "torchvision"})
 ROOMS["quickstart"] = (set(ROOMS), {"rich", "torch", "torchvision", "numpy", "onnx"})
 ROOMS["cli"] = (set(ROOMS), {"click", "rich", "numpy", "PIL"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -79,6 +80,54 @@ def test_state_resumes_bit_identically(data: Data, stop: int) -> None:
     forgetful.load(states[stop])
     forgetful.run(batches, lambda now: None)
     assert not np.array_equal(forgetful.state()["module/conv1.weight"], states[4]["module/conv1.weight"]), "momentum matters"
+
+
+HEAD = ["linear.weight", "linear.bias"]
+
+
+def probed(data: Data, stop: int, resumed: dict[str, np.ndarray] | None = None) -> Training:
+    """Only the head trains, `stop` steps of 4, evaluated after each as `verify` does at the end of an epoch."""
+    training = Training(start(), masks.full(everything(start())), settings(), round=0, trainable=HEAD)
+    if resumed:
+        training.load(resumed)
+
+    def after_step(now: Training) -> None:
+        with models.evaluating(now.module):
+            pass
+        if now.step == stop:
+            raise StopIteration
+
+    with contextlib.suppress(StopIteration):
+        training.run(Batches(data.train, Crops(DIGITS), 32), after_step)
+    return training
+
+
+def test_frozen_parameters_and_norm_statistics_keep_every_bit(data: Data) -> None:
+    before, after = models.arrays(start()), models.arrays(probed(data, 4).module)
+    assert {name for name in before if not np.array_equal(before[name], after[name])} == set(HEAD)
+    whole = trained(data, masks.full(everything(start())))
+    moved = {name for name in before if not np.array_equal(before[name], whole[name])}
+    assert {"conv1.weight", "bn1.weight", "bn1.running_mean"} <= moved, "without `trainable` everything trains"
+
+
+def test_frozen_training_resumes_bit_identically(data: Data) -> None:
+    whole, half = probed(data, 4).state(), probed(data, 2).state()
+    assert {name for name in half if name.startswith("momentum/")} == {f"momentum/{name}" for name in HEAD}
+    resumed = probed(data, 4, half).state()
+    assert whole.keys() == resumed.keys() and all(np.array_equal(whole[key], resumed[key]) for key in whole)
+    assert not np.array_equal(half["module/linear.weight"], whole["module/linear.weight"])
+
+
+def test_a_frozen_module_can_be_trained_whole_again(data: Data) -> None:
+    module = probed(data, 1).module
+    Training(module, masks.full(everything(module)), settings(), round=1)
+    assert all(parameter.requires_grad for parameter in module.parameters()) and all(layer.training for layer in module.modules())
+
+
+@pytest.mark.parametrize("names", [[], ["fc.weight"], [*HEAD, "fc.bias"]])
+def test_trainable_names_must_be_the_modules(names: list[str]) -> None:
+    with pytest.raises(ModelError, match="trainable: expected parameters of the model"):
+        Training(start(), {}, settings(), round=0, trainable=names)
 
 
 @pytest.mark.parametrize(

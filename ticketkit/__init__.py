@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ticketkit.search.find import find
     from ticketkit.session import InferenceSession
     from ticketkit.ticket import Ticket
+    from ticketkit.verifier import verify
 
 _HOME = {  # public name -> (module, name there)
     "InferenceSession": ("ticketkit.session", "InferenceSession"),
@@ -34,9 +35,11 @@ _HOME = {  # public name -> (module, name there)
     "find": ("ticketkit.search.find", "find"),
     "get_library_path": ("ticketkit.runtime.native", "library_path"),
     "register": ("ticketkit.runtime.ort", "register"),
+    "verify": ("ticketkit.verifier", "verify"),
 }
 __all__ = [
     "InferenceSession", "Ticket", "TicketkitError", "__version__", "compare", "estimate", "export", "find", "get_library_path", "register",
+    "verify",
 ]  # fmt: skip
 
 

@@ -137,7 +137,7 @@ class Ticket:
             TicketError: the place is not writable or full, or `meta` is not JSON.
         """
         header = {**self._header(), "sha256": self.sha256}
-        return write_atomic(path, to_safetensors(self._tensors(), {KEY: _canonical(header)}))
+        return write_atomic(path, to_safetensors(self._tensors(), {KEY: canonical(header)}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Ticket:
@@ -267,6 +267,14 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Array], di
         raise TicketError(f"{path}: not a whole safetensors file ({error}); truncated or damaged, copy it again") from None
 
 
+def canonical(value: Any) -> str:
+    """Canonical JSON, for hashing: keys sorted, no spaces, ASCII; TicketError for what is not plain JSON."""
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise TicketError(f"ticket metadata must be plain JSON: {error}") from None
+
+
 def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
@@ -302,15 +310,8 @@ def _get(weights: Mapping[str, Array], name: str) -> Array:
     return weights[name]
 
 
-def _canonical(value: Any) -> str:
-    try:
-        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise TicketError(f"ticket metadata must be plain JSON: {error}") from None
-
-
 def _digest(header: Any, tensors: Mapping[str, Array]) -> str:
-    digest = hashlib.sha256(_canonical(header).encode())
+    digest = hashlib.sha256(canonical(header).encode())
     for name in sorted(tensors):
         array = np.ascontiguousarray(tensors[name])
         digest.update(f"{name}\0{array.dtype.str}\0{json.dumps(list(tensors[name].shape))}\0".encode())

@@ -22,6 +22,7 @@ def cli() -> None:
     \b
     ticketkit quickstart                          the whole line on embedded data, one honest table
     ticketkit find digits --out runs/digits       a ticket by iterative magnitude pruning
+    ticketkit verify runs/digits --seeds 3        does it match the dense network, over three seeds?
     ticketkit export runs/digits -o digits.onnx   one small ONNX file that runs everywhere
     ticketkit bench digits.onnx                   sparse against the fastest dense engine
     """

@@ -1,4 +1,4 @@
-"""Commands that find tickets and look at them: find, compare."""
+"""Commands that find tickets and look at them: find, verify, compare."""
 
 from __future__ import annotations
 
@@ -88,6 +88,55 @@ def find(
             click.echo(json.dumps(row))
     else:
         table(result.rows, result.path)
+
+
+@click.command()
+@click.argument("ticket", metavar="RUN_DIR|TICKET")
+@click.option("--task", "tasks", multiple=True, metavar="NAME", help="To train on; repeat it.  [default: where the ticket was found]")
+@click.option("--seeds", type=int, default=3, show_default=True, metavar="N", help="Runs of each training, with seeds 0 to N-1.")
+@click.option("--levels", metavar="K,K|all", callback=_options.levels, help="Rounds of the run directory, or all.  [default: the last]")
+@click.option("--control", "controls", multiple=True, metavar="C", help="Train a control beside each level, see above; repeat it.")
+@click.option("--mode", default="full", show_default=True, metavar="M",
+              help="full: everything trains; linear: the head alone, the rest is frozen.")
+@click.option("--select", default="last", show_default=True, metavar="W",
+              help="Weights that are measured: the last, or those of the epoch best on validation images (best).")
+@click.option("--start", default="rewound", show_default=True, metavar="W",
+              help="Weights of the ticket: rewound, or the sparse-trained ones of its round (trained).")
+@click.option("--dense-weights", type=click.Path(), metavar="FILE", help="Pretrained weights, where the ticket was rewound to others.")
+@_options.training
+@click.option("--out", type=click.Path(), default="runs/verify", show_default=True, metavar="DIR",
+              help="Store of all trainings; calls and processes may share it.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
+def verify(ticket: str, as_json: bool, **options: Any) -> None:
+    """Does the ticket match the dense network? Train both alike, over several seeds, on one or more tasks.
+
+    TICKET is a ticket file with weights or the run directory of `ticketkit find`. Every training starts with a new head.
+    Trainings are kept by content: the same command goes on where it was stopped, even by kill -9, and other calls reuse
+    what they share. What is chosen is chosen on validation images; test images are measured once a training.
+
+    \b
+    matching    strict: mean accuracy at least the dense one; one sd: at least that less one standard deviation
+    winning     matching, from the pretrained weights
+    universal   matching on every task
+
+    \b
+    --control random      as many weights, chosen uniformly over all layers
+    --control shuffled    as many weights in each layer, at other places
+    --control complement  the weights that the ticket prunes
+    --control perturb=P   the fraction P of the ones, and as many zeros, flipped
+    --control reinit      the ticket's mask on random weights
+
+    \b
+    ticketkit verify runs/digits
+    ticketkit verify runs/c10 --task cifar10 --task fashion-mnist --levels all --control random --data DIR
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in find
+    from ticketkit.search.progress import choose
+    from ticketkit.verifier import table
+    from ticketkit.verifier import verify as compare
+
+    report = compare(ticket, **options, progress=choose())
+    click.echo(json.dumps(report.to_dict())) if as_json else table.show(report)
 
 
 @click.command()

@@ -15,7 +15,7 @@ lottery-ticket papers); heads, norms and biases are not.
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
@@ -32,8 +32,8 @@ from ticketkit.models._checkpoint import Source, fit, load_checkpoint, state_sha
 from ticketkit.models._layouts import take
 
 __all__ = [
-    "Source", "arrays", "assign", "build", "build_for", "evaluating", "family", "features", "fit", "load_checkpoint", "load_weights",
-    "names", "projection", "prunable", "rule", "set_head",
+    "Source", "arrays", "assign", "build", "build_for", "evaluating", "family", "features", "fit", "in_head", "load_checkpoint",
+    "load_weights", "names", "projection", "prunable", "read_weights", "rule", "set_head", "state_sha256",
 ]  # fmt: skip
 
 
@@ -93,12 +93,18 @@ def load_weights(name: str, module: nn.Module, weights: str | None = None) -> So
     weights = weights or home.WEIGHTS
     if weights == "random":
         return Source("random", "")
+    state, remarks = read_weights(name, weights)
+    return Source(weights, state_sha256(state), (*remarks, *fit(module, state, home.STEM, home.HEAD)))
+
+
+def read_weights(name: str, weights: str) -> tuple[dict[str, NDArray[Any]], tuple[str, ...]]:
+    """The state dict of a checkpoint file, or of published weights, of the network `name`, and in words what was taken of it."""
+    home = family(name)
     if hasattr(home, "published") and weights.isidentifier() and weights.isupper():
         state = {key: tensor.numpy() for key, tensor in home.published(name, weights).items()}
     else:
         state = load_checkpoint(weights)
-    state, remarks = take(state, home.STEM)
-    return Source(weights, state_sha256(state), (*remarks, *fit(module, state, home.STEM, home.HEAD)))
+    return take(state, home.STEM)
 
 
 def rule(name: str) -> dict[str, list[str]]:
@@ -111,7 +117,12 @@ def prunable(name: str, module: nn.Module) -> list[str]:
     """Parameter names that may be pruned, in the module's order: weights of every convolution outside stem and head."""
     spared = [*family(name).STEM, *family(name).HEAD]
     convolutions = [path for path, layer in module.named_modules() if isinstance(layer, nn.Conv2d)]
-    return [f"{path}.weight" for path in convolutions if not any(path == s or path.startswith(f"{s}.") for s in spared)]
+    return [f"{path}.weight" for path in convolutions if not _within(path, spared)]
+
+
+def in_head(name: str, path: str) -> bool:
+    """True if `path`, a module or a tensor of the network `name`, belongs to its head."""
+    return _within(path, family(name).HEAD)
 
 
 def features(name: str, module: nn.Module) -> int:
@@ -168,3 +179,7 @@ def assign(module: nn.Module, state: Mapping[str, NDArray[Any]]) -> None:
         wrong = sorted(own.keys() ^ state.keys()) or [name for name in own if tuple(own[name].shape) != state[name].shape]
         raise ModelError(f"{wrong[0]}: the weights do not fit the model (missing, left over or of another shape)")
     module.load_state_dict({name: torch.from_numpy(np.array(value, copy=True)) for name, value in state.items()})
+
+
+def _within(path: str, modules: Iterable[str]) -> bool:
+    return any(path == module or path.startswith(f"{module}.") for module in modules)

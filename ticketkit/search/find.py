@@ -138,9 +138,8 @@ def find(
     ranks.launch()
     with torch.random.fork_rng(devices=[]), setup.torch_threads(threads, run), setup.shown(progress, ranks) as shown:
         start = setup.network(model, weights, len(images.classes), chosen.size, seed, goal)
-        pruning = {"method": method, "rewind": rewind, "rate": rate, "granularity": granularity}
-        pruning |= {"rounds": len(levels) - 1, "recipe": named.name}
-        config = setup.config(chosen, model, images, settings, start.source, goal, ranks.machine, how, levels, pruning)
+        how_told = setup.pruning(goal, how, levels, ranks.machine, rewind=rewind, rate=rate, granularity=granularity, recipe=named.name)
+        config = setup.config(chosen, model, images, settings, start.source, how_told)
         with run.claim(config, ranks.first):
             if ranks.first:
                 setup.keep_start(run, start, rewind)

@@ -16,7 +16,10 @@ Row = dict[str, Any]
 
 
 class Progress:
-    """Says nothing. `steps` counts over all rounds that this call trains."""
+    """Says nothing. Other displays say `start`, `advance` and `say` in their own way; the rest is put in words here."""
+
+    def __init__(self) -> None:
+        self.rounds = 0
 
     def __enter__(self) -> Progress:
         return self
@@ -25,41 +28,47 @@ class Progress:
         return
 
     def start(self, rounds: int, steps: int, training: str, remarks: tuple[str, ...]) -> None:
-        """A search of `rounds` rounds begins, `steps` steps of it are left; `training` is the recipe as it takes effect, in one
+        """`rounds` rounds or trainings begin, `steps` steps of them are left; `training` is the recipe as it takes effect, in one
         line, and `remarks` say what was dropped from the weights."""
+        self.rounds = rounds
+        if steps:
+            self.say(f"training: {training}")
+        for remark in remarks:
+            self.say(f"weights: {remark}")
+
+    def advance(self, words: str) -> None:
+        """One more of the steps is done; `words` say where it stands."""
+
+    def say(self, line: str) -> None:
+        """One line that stays."""
 
     def step(self, round: int, sparsity: float, loss: float, accuracy: float) -> None:
-        """One more step is done; accuracy over this epoch's training batches so far."""
+        """One more step of a search is done; accuracy over this epoch's training batches so far."""
+        self.advance(f"round {round}/{self.rounds}  {sparsity:.1%} sparse  loss {loss:.3f}  train {accuracy:.1%}")
 
     def finished(self, row: Row, dense: Row) -> None:
         """A round is done; `row` is its line in rounds.jsonl, `dense` that of round 0."""
+        self.say(describe(row, dense, self.rounds))
 
 
 class Lines(Progress):
     """One plain line a round."""
 
     def __init__(self, stream: TextIO) -> None:
-        self.stream, self.rounds = stream, 0
+        super().__init__()
+        self.stream = stream
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
         print(line, file=self.stream, flush=True)
-
-    def start(self, rounds: int, steps: int, training: str, remarks: tuple[str, ...]) -> None:
-        self.rounds = rounds
-        for line in _opening(steps, training, remarks):
-            self._say(line)
-
-    def finished(self, row: Row, dense: Row) -> None:
-        self._say(describe(row, dense, self.rounds))
 
 
 class Live(Progress):
-    """A bar over all steps with sparsity, loss, training accuracy and the time left; finished rounds scroll above it."""
+    """A bar over all steps with words on the latest and the time left; what is said scrolls above it."""
 
     def __init__(self, console: Console) -> None:
+        super().__init__()
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
         self.bars = Bars(*columns, console=console, transient=True)
-        self.rounds = 0
 
     def __enter__(self) -> Live:
         self.bars.start()
@@ -69,17 +78,14 @@ class Live(Progress):
         self.bars.stop()
 
     def start(self, rounds: int, steps: int, training: str, remarks: tuple[str, ...]) -> None:
-        self.rounds = rounds
         self.task = self.bars.add_task("loading", total=steps)
-        for line in _opening(steps, training, remarks):
-            self.bars.console.print(line, markup=False, highlight=False)
+        super().start(rounds, steps, training, remarks)
 
-    def step(self, round: int, sparsity: float, loss: float, accuracy: float) -> None:
-        words = f"round {round}/{self.rounds}  {sparsity:.1%} sparse  loss {loss:.3f}  train {accuracy:.1%}"
+    def advance(self, words: str) -> None:
         self.bars.update(self.task, advance=1, description=words)
 
-    def finished(self, row: Row, dense: Row) -> None:
-        self.bars.console.print(describe(row, dense, self.rounds), markup=False, highlight=False)
+    def say(self, line: str) -> None:
+        self.bars.console.print(line, markup=False, highlight=False)
 
 
 def describe(row: Row, dense: Row, rounds: int) -> str:
@@ -88,11 +94,6 @@ def describe(row: Row, dense: Row, rounds: int) -> str:
         f"round {row['round']}/{rounds}  sparsity {row['sparsity']:.2%}  {row['metric_name']} {row['metric']:.2%} "
         f"({100 * (row['metric'] - dense['metric']):+.2f} points to dense)  {row['seconds']:.0f} s"
     )
-
-
-def _opening(steps: int, training: str, remarks: tuple[str, ...]) -> list[str]:
-    """What is said before the first step; how it is trained only where something is left to train."""
-    return [*([f"training: {training}"] if steps else []), *(f"weights: {remark}" for remark in remarks)]
 
 
 def choose() -> Progress:

@@ -70,6 +70,10 @@ EARLIER = {  # what runs of versions without these options did
 INTACT = "restore the file or choose another --out; the rounds' own folders are still there"
 
 
+class BusyError(TicketError):
+    """Another process is at work in the directory."""
+
+
 class RunDir:
     """Reads and writes one run directory; every write is atomic."""
 
@@ -85,8 +89,8 @@ class RunDir:
             first: False on the other processes of a run, which only read.
 
         Raises:
-            TicketError: it holds a run of another configuration (the fields are named) or other files, another process is at
-                work in it, or it cannot be written.
+            BusyError: another process is at work in it.
+            TicketError: it holds a run of another configuration (the fields are named) or other files, or it cannot be written.
         """
         if not first:
             yield
@@ -106,7 +110,7 @@ class RunDir:
 
     def _check(self, config: Mapping[str, Any]) -> None:
         if (self.path / "run.json").exists():
-            there = {**EARLIER, **self.config()}
+            there = {**{key: value for key, value in EARLIER.items() if key in config}, **self.config()}
             differ = [key for key in sorted({*config, *there} - FREE) if config.get(key) != there.get(key)]
             if differ:
                 fields = "; ".join(f"{key} is {_short(there.get(key))} there, {_short(config.get(key))} here" for key in differ)
@@ -246,7 +250,7 @@ def _lock(file: IO[str], path: Path) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise TicketError(f"{path}: another process is at work on this run; wait for it or choose another --out") from None
+            raise BusyError(f"{path}: another process is at work on this run; wait for it or choose another --out") from None
 
 
 def _short(value: Any) -> str:

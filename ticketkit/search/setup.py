@@ -175,11 +175,8 @@ def shown(progress: Progress | None, ranks: Ranks) -> Iterator[Progress]:
         yield told
 
 
-def config(
-    task: Task, model: str, data: Data, settings: Settings, source: Source, goal: Objective, machine: Machine, method: Method,
-    levels: Sequence[float], pruning: Mapping[str, Any],
-) -> dict[str, Any]:  # fmt: skip
-    """The content of run.json; `pruning` are its options method, rewind, rate, granularity and rounds, and the name of its recipe."""
+def config(task: Task, model: str, data: Data, settings: Settings, source: Source, how: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of run.json: what every training has, and `how` it is special."""
     return {
         "task": task.name,
         "model": model,
@@ -192,16 +189,25 @@ def config(
         "weights": source.name,
         "weights_sha256": source.sha256,
         "weights_remarks": list(source.remarks),
-        "objective": goal.name,
-        "objective_options": asdict(goal),  # type: ignore[call-overload]
-        **pruning,
-        "method_options": asdict(method),  # type: ignore[call-overload]
-        "levels": [] if method.name == "imp" else list(levels),
+        **how,
         **asdict(settings),
         "milestones": list(settings.milestones),
-        **asdict(machine),
         "threads": torch.get_num_threads(),
         "version": __version__,
+    }
+
+
+def pruning(goal: Objective, method: Method, levels: Sequence[float], machine: Machine, **options: Any) -> dict[str, Any]:
+    """How a search is special, for run.json; `options` are rewind, rate, granularity and the name of the recipe."""
+    return {
+        "objective": goal.name,
+        "objective_options": asdict(goal),
+        "method": method.name,
+        "method_options": asdict(method),  # type: ignore[call-overload]
+        "levels": [] if method.name == "imp" else list(levels),
+        "rounds": len(levels) - 1,
+        **options,
+        **asdict(machine),
     }
 
 

@@ -2,6 +2,9 @@
 
 Masks need no hooks and no extra parameters: the weights are multiplied by their masks at the optimizer step. Multiplying by a
 mask of ones changes no bit, so the dense reference runs through the same loop. A pruned weight's momentum lives on, unseen.
+
+Where only some parameters are `trainable` (a linear probe trains the head alone), the others are frozen: the optimizer does not
+know them, and modules without a trainable parameter stay in evaluation mode, so that norm statistics do not move either.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 
 from ticketkit import masks as algebra
 from ticketkit import models
-from ticketkit.errors import ModelError, TicketError
+from ticketkit.errors import ModelError
 from ticketkit.masks import Masks
 from ticketkit.pretrain import Objective
 from ticketkit.pretrain.supervised import Supervised
@@ -100,6 +103,9 @@ class Training:
         due: the change of masks to be made before a step, if any.
         block: granularity of such changes, see `ticketkit.masks.global_magnitude`.
         trainable: parameter names; all others are frozen, and modules without any of them stay in evaluation mode. None: all.
+
+    Raises:
+        ModelError: `trainable` names a parameter the module does not have, or none.
     """
 
     def __init__(
@@ -241,8 +247,9 @@ class Training:
 def _freeze(module: nn.Module, trainable: Sequence[str] | None) -> dict[str, nn.Parameter]:
     """The parameters to be trained, by name; modules that hold none are put in evaluation mode."""
     parameters = dict(module.named_parameters())
-    if unknown := [name for name in trainable or () if name not in parameters]:
-        raise TicketError(f"{unknown[0]}: expected a parameter of the network to train, got an unknown name")
+    if trainable is not None and (not trainable or not set(trainable) <= parameters.keys()):
+        strange = ", ".join(sorted(set(trainable) - parameters.keys())) or "none"
+        raise ModelError(f"trainable: expected parameters of the model, got {strange}; wrong head rule?")
     chosen = parameters if trainable is None else {name: parameters[name] for name in trainable}
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in chosen)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,7 +61,7 @@ class Data:
     test: Split
     classes: tuple[str, ...]
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Hash over all images and labels: two runs on one hash saw the same data."""
         digest = hashlib.sha256()

@@ -1,0 +1,182 @@
+"""Accuracy against sparsity: do tickets of a search match the dense network on other tasks, and do the controls not?
+
+    python benchmarks/lottery.py runs/simclr --task cifar100 --task digits --levels all --data DIR
+    python benchmarks/lottery.py runs/supervised --task cifar100 --levels 5,8,11 --control random --control complement --data DIR
+    python benchmarks/lottery.py --report        its rows as a page and a figure: results/lottery.md, results/lottery.svg
+
+Trainings are those of `ticketkit verify`, kept in --store: started again, it does what is missing. The schedules below are short, for
+two cores; the papers train for 182 epochs. One row for each run and task is appended to results/lottery.jsonl: every seed's metric on
+validation and test images, of the dense network, each level and each control, with the verdicts. Needs the extra `find`; the figure
+the extra `report`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import command
+
+from ticketkit import __version__, tasks
+from ticketkit.bench import machine
+from ticketkit.errors import DataError
+from ticketkit.search.progress import choose
+from ticketkit.search.rundir import RunDir
+from ticketkit.verifier import verify
+
+RESULTS = Path(__file__).resolve().parent / "results"
+ROWS = RESULTS / "lottery.jsonl"
+SHORT: dict[str, dict[str, Any]] = {  # schedules, said with every result
+    "cifar10": {"steps": 140, "batch_size": 128, "lr": 0.02, "schedule": "cosine"},
+    "cifar100": {"steps": 140, "batch_size": 128, "lr": 0.05, "schedule": "cosine"},
+    "fashion-mnist": {"steps": 80, "batch_size": 128, "lr": 0.05, "schedule": "cosine"},
+    "digits": {"steps": 120, "batch_size": 64, "lr": 0.05, "schedule": "cosine"},
+}
+FACTS = ("model", "task", "objective", "method", "rewind", "rate", "steps", "batch_size", "lr", "schedule", "weights_sha256", "seed")
+RULES = ("one_sd", "strict")
+
+
+def rows(run: Path, chosen: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row a task of a run directory, trained or taken from the store."""
+    config = {"method": "imp", **RunDir(run).config()}
+    common = {
+        "run": run.name,
+        "found_on": {key: config[key] for key in FACTS},
+        "seeds": chosen.seeds,
+        "mode": chosen.mode,
+        "start": chosen.start,
+        "cpu": machine.cpu_name(),
+        "ticketkit": __version__,
+        "commit": machine.commit(),
+        "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    options = {"seeds": chosen.seeds, "mode": chosen.mode, "start": chosen.start, "controls": chosen.control}
+    options["levels"] = levels(chosen.levels)
+    where = {"data": chosen.data, "out": chosen.store, "threads": chosen.threads}
+    found = []
+    for task in chosen.task:
+        schedule = SHORT.get(task, {}) | ({"steps": chosen.steps} if chosen.steps else {})
+        report = verify(run, [task], **options, **where, **schedule, progress=choose())
+        found.append({**common, "schedule": schedule, **report.to_dict()["tasks"][0]})
+    return found
+
+
+def levels(text: str | None) -> list[int] | str | None:
+    """K[,K...] or all."""
+    return text if text in (None, "all") else [int(part) for part in str(text).split(",")]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The newest row of each run, task and way to train.
+
+    Raises:
+        DataError: no such file.
+    """
+    if not path.exists():
+        raise DataError(f"{path}: no such file; run this script on run directories first")
+    every = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    newest = {(row["run"], row["task"], row["mode"], row["start"], _controls(row)): row for row in every}
+    return list(newest.values())
+
+
+def _controls(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(sorted({each["control"] for each in row["rows"] if each["control"]}))
+
+
+def page(found: list[dict[str, Any]]) -> str:
+    """The rows as a page in Markdown."""
+    lines = ["# Tickets on other tasks", "", "`python benchmarks/lottery.py --report` wrote it from `lottery.jsonl`: means over the seeds"]
+    lines += ["± one sample standard deviation of the accuracy on test images, in %.", ""]
+    lines += ["## Highest matching sparsity, %", ""]
+    lines += ["| found on | transferred to | n | dense | by one sd | strict | chosen on validation, one sd |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for row in (row for row in found if not _controls(row)):
+        highest = row["highest"]
+        by = [_level(highest[rule] and highest[rule]["by_test"]) for rule in RULES]
+        chosen = _level(highest["one_sd"] and highest["one_sd"]["by_validation"])
+        lines.append(f"| {_name(row)} | {row['task']} | {row['seeds']} | {_mean(row['dense']['test'])} | {by[0]} | {by[1]} | {chosen} |")
+    for row in found:
+        lines += ["", f"## {_name(row)} → {row['task']}", "", f"{_schedule(row)}; dense {_mean(row['dense']['test'])}.", ""]
+        lines += ["| | sparsity | test | to dense | one sd | strict |", "|---|---|---|---|---|---|"]
+        for each in row["rows"]:
+            verdicts = (each["matching"]["test"][rule] for rule in RULES)
+            words = " | ".join({True: "matching", False: "no", None: "?"}[verdict] for verdict in verdicts)
+            name = each["control"] or "ticket"
+            lines.append(f"| {name} | {each['sparsity']:.2%} | {_mean(each['test'])} | {100 * each['difference']:+.2f} | {words} |")
+    return "\n".join(lines) + "\n"
+
+
+def _name(row: dict[str, Any]) -> str:
+    origin = row["found_on"]
+    ways = [word for word, usual in ((row["mode"], "full"), (row["start"], "rewound"), (origin["rewind"], "pretrained")) if word != usual]
+    return ", ".join([f"{origin['model']} {origin['objective']} on {origin['task']}", *ways])
+
+
+def _schedule(row: dict[str, Any]) -> str:
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in row["schedule"].items()) or "the task's own recipe"
+
+
+def _mean(sample: dict[str, Any]) -> str:
+    return f"{100 * sample['mean']:.2f}" + ("" if sample["sd"] is None else f" ± {100 * sample['sd']:.2f}")
+
+
+def _level(rung: dict[str, Any] | None) -> str:
+    return "none" if rung is None else f"{100 * rung['sparsity']:.2f}"
+
+
+def draw(found: list[dict[str, Any]], path: Path) -> None:
+    """One panel a task, one line a search, its dense network as a band of one standard deviation."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    panels: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in found:
+        if not _controls(row) and row["mode"] == "full":
+            panels[row["task"]].append(row)
+    with rc_context({"svg.hashsalt": "ticketkit", "font.size": 9}):
+        figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
+        for axis, (task, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], sorted(panels.items()), strict=True):
+            for number, row in enumerate(lines):
+                points = sorted((100 * each["sparsity"], each["test"]) for each in row["rows"] if each["control"] is None)
+                means, spread = ([100 * (sample[key] or 0) for _, sample in points] for key in ("mean", "sd"))
+                style = {"marker": "o", "ms": 3, "lw": 1, "capsize": 2, "color": f"C{number}", "label": _name(row)}
+                axis.errorbar([x for x, _ in points], means, yerr=spread, **style)
+                dense, sd = row["dense"]["test"]["mean"], row["dense"]["test"]["sd"] or 0
+                axis.axhspan(100 * (dense - sd), 100 * (dense + sd), color=f"C{number}", alpha=0.15, lw=0)
+            axis.set(title=task, xlabel="sparsity, %", ylabel="test accuracy, %")
+            axis.legend(fontsize=7)
+        figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="*", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--task", action="append", default=[], choices=tasks.names(), metavar="NAME", help="to transfer to; repeat it")
+    parser.add_argument("--levels", help="rounds of each run, K,K or all; default: the last")
+    parser.add_argument("--control", action="append", default=[], metavar="C", help="as in `ticketkit verify`; repeat it")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="instead of those of SHORT")
+    parser.add_argument("--mode", default="full", help="full or linear")
+    parser.add_argument("--start", default="rewound", help="rewound or trained")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--store", type=Path, default=Path("runs/verify"), help="where trainings are kept")
+    parser.add_argument("--results", type=Path, default=ROWS, help="rows are appended to this file")
+    parser.add_argument("--report", action="store_true", help="write the page and the figure")
+    chosen = parser.parse_args()
+    for run in chosen.run:
+        for row in rows(run, chosen):
+            with chosen.results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+    if chosen.report:
+        found = read(chosen.results)
+        (RESULTS / "lottery.md").write_text(page(found), encoding="utf-8")
+        draw(found, RESULTS / "lottery.svg")
+
+
+if __name__ == "__main__":
+    command.run(main)
