@@ -14,6 +14,7 @@ import numpy as np
 import pairs
 import torch
 from small import DIGITS, everything, settings, start
+from torch.nn import functional as F
 
 from ticketkit import masks, models
 from ticketkit.errors import DataError, TicketError
@@ -71,9 +72,22 @@ def simclr(ranks: Ranks, dtype: torch.dtype | None = None) -> Arrays:
     return {"loss": loss.detach().numpy(), "right": np.asarray(float(right)), **gradients}
 
 
+def smooth_start() -> torch.nn.Module:
+    """ResNet-20 with softplus for relu: where rounding decides a sign, the gradient of relu jumps by far more than rounding."""
+
+    class Smooth(type(start())):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with mock.patch.object(F, "relu", lambda x, inplace: F.softplus(x)):
+                return super().forward(x)  # type: ignore[no-any-return]
+
+    module = start()
+    module.__class__ = Smooth
+    return module
+
+
 def search(ranks: Ranks, objective: Any = None, together: bool = True, accumulate: int = 1) -> Arrays:
     """Three steps on the digits from one start: weights, what the objective keeps, loss, accuracy, and the masks agreed on."""
-    objective, module = objective or Supervised(), start()
+    objective, module = objective or Supervised(), smooth_start()
     if (head := objective.head(models.features("resnet20", module), 10)) is not None:
         models.set_head("resnet20", module, head)
     ones = masks.full(everything(module))

@@ -20,7 +20,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("lightning_fabric")
 
 import peers  # noqa: E402
-from small import DIGITS, settings, start  # noqa: E402
+from small import DIGITS, settings  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from ticketkit import masks, models  # noqa: E402
@@ -99,7 +99,7 @@ def test_simclr_has_the_loss_and_the_gradients_of_the_whole_batch(out: Path) -> 
 
 def exactly_trained() -> dict[str, Any]:
     """Three steps in float64, as a textbook writes them."""
-    module, chosen = start().double().train(), settings(steps=3)
+    module, chosen = peers.smooth_start().double().train(), settings(steps=3)
     optimizer = torch.optim.SGD(module.parameters(), lr=chosen.lr, momentum=chosen.momentum, weight_decay=chosen.weight_decay)
     for _, ((images,), labels) in zip(range(3), Batches(DIGITS.load(None).train, Crops(DIGITS), peers.ROWS).epoch(0, 0, 0), strict=False):
         optimizer.zero_grad()
