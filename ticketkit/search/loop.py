@@ -100,15 +100,14 @@ class Search:
             nonlocal saved
             self.progress.step(k, algebra.sparsity(now.masks), now.loss, now.accuracy)
             self.log.step(now)
-            stopping = self.ranks.total({"stop": stop.is_set()})["stop"] > 0
-            if self.ranks.first:
-                if now.step == early:
-                    self.run.save_early(now.state(), models.arrays(now.module))
-                due = time.monotonic() - saved >= self.every or stopping
-                if due or now.step % batches.steps_per_epoch == 0 or now.step == last:
-                    self.run.save_state(now.state(), seconds + time.monotonic() - began)
-                    saved = time.monotonic()
-            if stopping:
+            late = self.ranks.first and time.monotonic() - saved >= self.every
+            asked = self.ranks.total({"stop": stop.is_set(), "save": late})  # the same answer on all ranks
+            if now.step == early:
+                self.ranks.from_first(lambda: self.run.save_early(now.state(), models.arrays(now.module)))
+            if asked["stop"] or asked["save"] or now.step % batches.steps_per_epoch == 0 or now.step == last:
+                self.ranks.from_first(lambda: self.run.save_state(now.state(), seconds + time.monotonic() - began))
+                saved = time.monotonic()
+            if asked["stop"]:
                 raise KeyboardInterrupt
 
         with deferred_interrupt() as stop:
