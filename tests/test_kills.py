@@ -22,8 +22,8 @@ import pytest
 
 pytest.importorskip("torch")
 
-from ticketkit.search.find import find  # noqa: E402
-from ticketkit.search.rundir import RunDir  # noqa: E402
+from ticketkit.search.find import find
+from ticketkit.search.rundir import RunDir
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

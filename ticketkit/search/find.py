@@ -137,15 +137,18 @@ def find(
     rewound_step = points.step_of(rewind, settings.steps)
     ranks = Ranks(machine)
     ranks.check_batch(settings.batch_size, settings.accumulate)
-    here = torch.random.fork_rng(devices=[]), setup.torch_threads(threads, run), ranks.launched()
-    with here[0], here[1], here[2], setup.shown(progress, ranks) as shown, ExitStack() as claimed:
+    with ExitStack() as here:
+        here.enter_context(torch.random.fork_rng(devices=[]))
+        here.enter_context(setup.torch_threads(threads, run))
+        here.enter_context(ranks.launched())
+        shown = here.enter_context(setup.shown(progress, ranks))
         start = ranks.each(lambda: setup.network(model, weights, len(images.classes), chosen.size, seed, goal))
         how_told = setup.pruning(goal, how, levels, ranks.machine, rewind=rewind, rate=rate, granularity=granularity, recipe=named.name)
         config = setup.config(chosen, model, images, settings, start.source, how_told)
         ranks.same(f"{config['data_sha256']} {config['weights_sha256']}", "the images or the weights")
 
         def begin() -> None:
-            claimed.enter_context(run.claim(config))
+            here.enter_context(run.claim(config))
             setup.keep_start(run, start, rewind)
             left = setup.steps_left(run, settings.steps, rewound_step, len(levels) - 1)
             shown.start(len(levels) - 1, left, f"{named.name}: {settings}", start.source.remarks)
