@@ -154,9 +154,11 @@ def find(
             shown.start(len(levels) - 1, left, f"{named.name}: {settings}", start.source.remarks)
 
         ranks.from_first(begin)
-        log_to = logs.Log(log if ranks.first else None, run.path)
-        parts = (start.module, chosen, images, goal, how, levels, settings, block, config, run, ranks, log_to)
-        Search(*parts, checkpoint_seconds, shown).iterate(start.pretrained)
+        curves = logs.Log(log if ranks.first else None, run.path)
+        search = Search(
+            start.module, chosen, images, goal, how, levels, settings, block, config, run, ranks, curves, checkpoint_seconds, shown
+        )
+        search.iterate(start.pretrained)
         there, rows = ranks.from_first(lambda: (run.config(), run.rows()))
     return RunResult(run.path, there, rows[: len(levels)], ranks.first)
 
