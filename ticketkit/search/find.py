@@ -152,6 +152,7 @@ def find(
 
         ranks.from_first(begin)
         log_to = logs.Log(log if ranks.first else None, run.path)
+        claimed.callback(log_to.close)
         parts = (start.module, chosen, images, goal, how, levels, settings, block, config, run, ranks, log_to)
         Search(*parts, checkpoint_seconds, shown).iterate(start.pretrained)
         there, rows = ranks.from_first(lambda: (run.config(), run.rows()))
