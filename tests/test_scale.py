@@ -38,19 +38,19 @@ def trained(data: Data, machine: Machine, steps: int = 2, **changes: object) -> 
 
 def test_mixed_precision_keeps_float32_weights_and_resumes_to_the_bit(data: Data) -> None:
     machine, states = Machine(accelerator="cpu", precision="bf16-mixed"), []
-    whole = Training(start(), half_pruned(), settings(), round=0, ranks=Ranks(machine))
+    whole = Training(start(), half_pruned(), settings(steps=2), round=0, ranks=Ranks(machine))
     dtypes: list[torch.dtype] = []
     whole.module.layer1[0].conv1.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
     whole.run(Batches(data.train, Crops(DIGITS), 32), lambda now: states.append({k: v.copy() for k, v in now.state().items()}))
     assert set(dtypes) == {torch.bfloat16}, "convolutions run in it"
     assert all(p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in whole.module.parameters())
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in whole.module.parameters() if p.ndim == 4)
-    resumed = Training(start(), half_pruned(), settings(), round=0, ranks=Ranks(machine))
-    resumed.load(states[1])
+    resumed = Training(start(), half_pruned(), settings(steps=2), round=0, ranks=Ranks(machine))
+    resumed.load(states[0])
     resumed.run(Batches(data.train, Crops(DIGITS), 32), lambda now: None)
-    assert all(np.array_equal(array, states[3][key]) for key, array in resumed.state().items())
-    single = trained(data, Machine(accelerator="cpu"), steps=4)
-    assert not np.array_equal(single.state()["module/conv1.weight"], states[3]["module/conv1.weight"]), "it is another precision"
+    assert all(np.array_equal(array, states[1][key]) for key, array in resumed.state().items())
+    single = trained(data, Machine(accelerator="cpu"))
+    assert not np.array_equal(single.state()["module/conv1.weight"], states[1]["module/conv1.weight"]), "it is another precision"
 
 
 def gradients(data: Data, parts: int, training_mode: bool = False) -> dict[str, np.ndarray]:

@@ -155,6 +155,7 @@ def find(
 
         ranks.from_first(begin)
         curves = logs.Log(log if ranks.first else None, run.path)
+        here.callback(curves.close)
         search = Search(
             start.module, chosen, images, goal, how, levels, settings, block, config, run, ranks, curves, checkpoint_seconds, shown
         )

@@ -38,7 +38,11 @@ class Log:
         if self._logger is not None:
             numbers = {key: row[key] for key in ("sparsity", "metric", "val_metric", "loss")}
             self._logger.log_metrics({f"round_{key}": value for key, value in numbers.items()}, row["round"])
-            self._logger.save()
+
+    def close(self) -> None:
+        """Write what is still on its way to the disk."""
+        if self._logger is not None:
+            self._logger.finalize("success")
 
 
 def check(kind: str | None) -> None:
