@@ -17,13 +17,14 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-import kills
 import pytest
 
 pytest.importorskip("torch")
 
-from ticketkit.search.find import find  # noqa: E402
-from ticketkit.search.rundir import RunDir  # noqa: E402
+import kills
+
+from ticketkit.search.find import find
+from ticketkit.search.rundir import RunDir
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
