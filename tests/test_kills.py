@@ -17,10 +17,11 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-import kills
 import pytest
 
 pytest.importorskip("torch")
+
+import kills
 
 from ticketkit.search.find import find
 from ticketkit.search.rundir import RunDir

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ticketkit.ticket import Ticket  # noqa: E402
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHORT = {"steps": 10, "batch_size": 8, "lr": 0.05, "threads": 1}
-LEVELS = {"imp": [0.0, 0.2, 0.36], **dict.fromkeys(("oneshot", "gmp", "acdc"), [0.0, 0.5, 0.9])}
+LEVELS = {"imp": [0.0, 0.2, 0.36], **{key: [0.0, 0.5, 0.9] for key in ("oneshot", "gmp", "acdc")}}
 STEPS = 20
 
 
@@ -137,7 +138,7 @@ def test_gmp_follows_the_cubic_and_its_masks_nest(data: Data) -> None:
         expected[at:] = [level + (0.0 - level) * (1 - (at - 2) / 12) ** 3] * (STEPS - at)
     pruned = [total - masks.kept(mask) for mask in seen]
     assert np.abs(np.array(pruned) - np.array(expected) * total).max() <= 0.5 + 1e-9 * total
-    assert all(masks.is_nested(inner, outer) for outer, inner in zip(seen, seen[1:], strict=False))
+    assert all(masks.is_nested(inner, outer) for outer, inner in pairwise(seen))
     linear = [level * min(max((step - 2) / 12, 0), 1) for step in range(STEPS)]
     assert np.abs(np.array(pruned) - np.array(linear) * total).max() > 0.1 * total, "a straight line is another curve"
 

@@ -31,6 +31,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +225,7 @@ def in_disorder(seen: list[np.ndarray], stored: np.ndarray) -> bool:
     """Whether the images came each at most once and not in their stored order."""
     where = {image.tobytes(): index for index, image in enumerate(stored)}
     order = [where[image.tobytes()] for batch in seen for image in batch]
-    return len(set(order)) == len(order) and sum(b == a + 1 for a, b in zip(order, order[1:], strict=False)) < len(order) // 4
+    return len(set(order)) == len(order) and sum(b == a + 1 for a, b in pairwise(order)) < len(order) // 4
 
 
 def test_simclr_shuffles_its_images(tmp_path: Path, data: Data, monkeypatch: Patch) -> None:
