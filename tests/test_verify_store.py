@@ -191,7 +191,7 @@ def test_interrupted_keeps_everything(
     assert count.steps == 14 and results(tmp_path) == whole
 
 
-@pytest.mark.parametrize("damage", ["none", "module", "kept/step", "truncated"])
+@pytest.mark.parametrize("damage", ["none", "module", "carried/step", "truncated"])
 def test_damaged_state_is_one_clear_line(small_run: Path, tmp_path: Path, damage: str) -> None:
     class Stop(Count):
         def advance(self, words: str) -> None:

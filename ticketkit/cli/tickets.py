@@ -77,10 +77,11 @@ def find(
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from ticketkit.search.find import find as search
     from ticketkit.search.progress import choose, table
-    from ticketkit.search.ranks import Machine
+    from ticketkit.search.ranks import Machine, first_speaks
 
-    machine = Machine(devices, nodes, strategy, precision, accelerator, compile)
-    result = search(task, sparsity=sparsity or None, machine=machine, **options, progress=choose())
+    with first_speaks():
+        machine = Machine(devices, nodes, strategy, precision, accelerator, compile)
+        result = search(task, sparsity=sparsity or None, machine=machine, **options, progress=choose())
     if not result.first:
         return
     if as_json:

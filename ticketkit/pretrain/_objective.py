@@ -46,7 +46,8 @@ class Objective(Protocol):
     def loss(
         self, network: nn.Module, state: nn.Module, views: tuple[Tensor, ...], labels: Tensor, gather: Gather = same
     ) -> tuple[Tensor, Tensor]:
-        """(mean loss, number of queries of this batch that are right), both 0-dimensional.
+        """(mean loss, number of queries of this batch that are right), both 0-dimensional; their mean and sum over the processes
+        are those of the global batch.
 
         Args:
             network: the network to be called; images float32 [B, 3, H, W].

@@ -61,9 +61,13 @@ class SimCLR:
     def loss(
         self, network: nn.Module, state: nn.Module, views: tuple[Tensor, ...], labels: Tensor, gather: Gather = same
     ) -> tuple[Tensor, Tensor]:
-        """Mean NT-Xent over the 2N queries of all processes' batches, and how many of them were right; labels are not looked at."""
+        """Mean NT-Xent over the 2N queries of all processes' batches, and this one's equal share of those that were right.
+
+        Labels are not looked at.
+        """
         first, second = (gather(part) for part in network(torch.cat(views)).chunk(2))
-        return nt_xent(first, second, self.temperature)
+        loss, right = nt_xent(first, second, self.temperature)
+        return loss, right * len(views[0]) / len(first)
 
     def after_step(self, network: nn.Module, state: nn.Module) -> None:
         """Nothing to do."""

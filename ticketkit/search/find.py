@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,21 +136,29 @@ def find(
     settings = setup.settings(named, len(images.train), seed, *training)
     rewound_step = points.step_of(rewind, settings.steps)
     ranks = Ranks(machine)
-    ranks.launch()
-    with torch.random.fork_rng(devices=[]), setup.torch_threads(threads, run), setup.shown(progress, ranks) as shown:
-        start = setup.network(model, weights, len(images.classes), chosen.size, seed, goal)
+    ranks.check_batch(settings.batch_size, settings.accumulate)
+    with ExitStack() as here:
+        here.enter_context(torch.random.fork_rng(devices=[]))
+        here.enter_context(setup.torch_threads(threads, run))
+        here.enter_context(ranks.launched())
+        shown = here.enter_context(setup.shown(progress, ranks))
+        start = ranks.each(lambda: setup.network(model, weights, len(images.classes), chosen.size, seed, goal))
         how_told = setup.pruning(goal, how, levels, ranks.machine, rewind=rewind, rate=rate, granularity=granularity, recipe=named.name)
         config = setup.config(chosen, model, images, settings, start.source, how_told)
-        with run.claim(config, ranks.first):
-            if ranks.first:
-                setup.keep_start(run, start, rewind)
-                left = setup.steps_left(run, settings.steps, rewound_step, len(levels) - 1)
-                shown.start(len(levels) - 1, left, f"{named.name}: {settings}", start.source.remarks)
-            log_to = logs.Log(log if ranks.first else None, run.path)
-            parts = (start.module, chosen, images, goal, how, levels, settings, block, config, run, ranks, log_to)
-            Search(*parts, checkpoint_seconds, shown).iterate(start.pretrained)
-            ranks.fabric.barrier()
-    return RunResult(run.path, run.config(), run.rows()[: len(levels)], ranks.first)
+        ranks.same(f"{config['data_sha256']} {config['weights_sha256']}", "the images or the weights")
+
+        def begin() -> None:
+            here.enter_context(run.claim(config))
+            setup.keep_start(run, start, rewind)
+            left = setup.steps_left(run, settings.steps, rewound_step, len(levels) - 1)
+            shown.start(len(levels) - 1, left, f"{named.name}: {settings}", start.source.remarks)
+
+        ranks.from_first(begin)
+        log_to = logs.Log(log if ranks.first else None, run.path)
+        parts = (start.module, chosen, images, goal, how, levels, settings, block, config, run, ranks, log_to)
+        Search(*parts, checkpoint_seconds, shown).iterate(start.pretrained)
+        there, rows = ranks.from_first(lambda: (run.config(), run.rows()))
+    return RunResult(run.path, there, rows[: len(levels)], ranks.first)
 
 
 def load_round(path: str | os.PathLike[str], round: int | None = None) -> tuple[nn.Module, dict[str, Any], Ticket]:

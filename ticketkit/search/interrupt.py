@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -11,15 +13,22 @@ from types import FrameType
 
 @contextmanager
 def deferred_interrupt() -> Iterator[threading.Event]:
-    """Yields an event that the first Ctrl-C sets; the second interrupts at once. Outside the main thread it is never set."""
+    """Yields an event that the first Ctrl-C sets; another, a second or more later, interrupts at once.
+
+    Under torchrun one Ctrl-C comes twice, from the terminal and from torchrun. Outside the main thread the event is never set.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
+    first = math.inf
+
     def handler(signum: int, frame: FrameType | None) -> None:
-        if stop.is_set():
+        nonlocal first
+        if time.monotonic() - first >= 1.0:
             raise KeyboardInterrupt
+        first = min(first, time.monotonic())
         stop.set()
 
     before = signal.signal(signal.SIGINT, handler)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +15,12 @@ from ticketkit.errors import ModelError
 from ticketkit.masks import Masks
 from ticketkit.pretrain import Objective
 from ticketkit.search import rewind as points
-from ticketkit.search.interrupt import deferred_interrupt
 from ticketkit.search.logs import Log
 from ticketkit.search.methods import Method
 from ticketkit.search.progress import Progress
 from ticketkit.search.ranks import Ranks
 from ticketkit.search.rundir import Arrays, RunDir
+from ticketkit.search.sitting import sit
 from ticketkit.search.train import Settings, Training, unchanged
 from ticketkit.tasks import Batches, Data, Split, Task
 from ticketkit.ticket import Ticket
@@ -90,40 +89,15 @@ class Search:
 
     def _train(self, training: Training, batches: Batches) -> float:
         """Train to the end of the round, from where it stopped; returns the seconds it took, over all its sittings."""
-        k, last = training.round, self.settings.steps
-        seconds = self._resume(training)
-        began = saved = time.monotonic()
-        early = points.step_of("early", last) if k == 0 and self.config["rewind"] == "early" else None
+        early = points.step_of("early", self.settings.steps) if training.round == 0 and self.config["rewind"] == "early" else None
 
-        def after_step(now: Training) -> None:
-            """Shows progress and saves what is due; KeyboardInterrupt if asked to stop."""
-            nonlocal saved
-            self.progress.step(k, algebra.sparsity(now.masks), now.loss, now.accuracy)
+        def look(now: Training) -> None:
+            self.progress.step(now.round, algebra.sparsity(now.masks), now.loss, now.accuracy)
             self.log.step(now)
-            stopping = self.ranks.total({"stop": stop.is_set()})["stop"] > 0
-            if self.ranks.first:
-                if now.step == early:
-                    self.run.save_early(now.state(), models.arrays(now.module))
-                due = time.monotonic() - saved >= self.every or stopping
-                if due or now.step % batches.steps_per_epoch == 0 or now.step == last:
-                    self.run.save_state(now.state(), seconds + time.monotonic() - began)
-                    saved = time.monotonic()
-            if stopping:
-                raise KeyboardInterrupt
+            if now.step == early:
+                self.ranks.from_first(lambda: self.run.save_early(now.state(), models.arrays(now.module)))
 
-        with deferred_interrupt() as stop:
-            training.run(batches, after_step)
-        return seconds + time.monotonic() - began
-
-    def _resume(self, training: Training) -> float:
-        saved = self.ranks.from_first(lambda: self.run.state(training.round))
-        if saved is None:
-            return 0.0
-        try:
-            training.load(saved[0])
-        except (ModelError, KeyError, ValueError, RuntimeError, TypeError) as error:  # tensors of other names, shapes or types
-            raise self.run.unusable_state(error) from None
-        return float(saved[1])
+        return sit(training, batches, self.run, self.every, look)
 
     def _evaluate(self, split: Split) -> tuple[float, float]:
         """(metric, mean loss) over a split, each rank its share of the images."""

@@ -81,20 +81,16 @@ class RunDir:
         self.path = Path(path)
 
     @contextmanager
-    def claim(self, config: Mapping[str, Any], first: bool = True) -> Iterator[None]:
+    def claim(self, config: Mapping[str, Any]) -> Iterator[None]:
         """Make the directory for a run of this configuration, or check that it holds one; nobody else may write it meanwhile.
 
         Args:
             config: what defines the run.
-            first: False on the other processes of a run, which only read.
 
         Raises:
             BusyError: another process is at work in it.
             TicketError: it holds a run of another configuration (the fields are named) or other files, or it cannot be written.
         """
-        if not first:
-            yield
-            return
         self._check(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)

@@ -35,8 +35,9 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):  # type: ignore[misc]
         if not self.training:
             return super().forward(x)
         count = x.numel() // x.shape[1] * dist.get_world_size()
-        mean = _Sum.apply(x.float().sum((0, 2, 3))) / count
-        centred = x.float() - mean[:, None, None]
+        wide = x if x.dtype == torch.float64 else x.float()
+        mean = _Sum.apply(wide.sum((0, 2, 3))) / count
+        centred = wide - mean[:, None, None]
         variance = _Sum.apply(centred.square().sum((0, 2, 3))) / count
         if self.track_running_stats:
             with torch.no_grad():

@@ -144,37 +144,40 @@ class Training:
         """
         while self.step < self.settings.steps:
             epoch, first = divmod(self.step, batches.steps_per_epoch)
-            right = seen = 0
+            right, seen = 0.0, 0
             for views, labels in batches.epoch(self.settings.seed, self.round, epoch, first):
                 right += self._one_step(views, labels)
-                seen += len(labels)
+                seen += len(labels) * self.ranks.count
                 self.accuracy = right / (seen * self.objective.queries)
                 after_step(self)
                 if self.step == self.settings.steps:
                     break
 
-    def _one_step(self, views: tuple[Tensor, ...], labels: Tensor) -> int:
+    def _one_step(self, views: tuple[Tensor, ...], labels: Tensor) -> float:
+        """How many queries of the global batch were right; `loss` is then its loss."""
         if (change := self.due(self.step)) is not None:
             self._change(change)
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr_at(self.step)
         self.optimizer.zero_grad()
         parts = self.settings.accumulate
-        self.loss, right = 0.0, 0
+        loss_here = right_here = 0.0
         for part, (labels_part, *views_part) in enumerate(zip(*(whole.chunk(parts) for whole in (labels, *views)), strict=True)):
             with self.ranks.without_sync(self.network, part < parts - 1):
                 here = tuple(view.to(self.device) for view in views_part)
                 loss, hits = self.objective.loss(self.network, self.own, here, labels_part.to(self.device), self.ranks.gather)
                 self.ranks.fabric.backward(loss / parts)
-            self.loss += loss.item() / parts
-            right += int(hits)
+            loss_here += loss.item() / parts
+            right_here += float(hits)
+        sums = self.ranks.total({"loss": loss_here, "right": right_here})  # of all ranks, so that all stop where one diverges
+        self.loss = sums["loss"] / self.ranks.count
         if not math.isfinite(self.loss):
             raise ModelError(f"training diverged: the loss is {self.loss} in round {self.round}, step {self.step}; lower --lr")
         self.optimizer.step()
         self._apply_masks()
         self.objective.after_step(self.module, self.own)
         self.step += 1
-        return right
+        return sums["right"]
 
     def _change(self, change: Change) -> None:
         def decide() -> Masks:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -30,9 +29,9 @@ from ticketkit.masks import Masks
 from ticketkit.models import Source
 from ticketkit.pretrain.supervised import Supervised
 from ticketkit.search import setup
-from ticketkit.search.interrupt import deferred_interrupt
 from ticketkit.search.progress import Progress
 from ticketkit.search.rundir import FREE, Arrays, RunDir
+from ticketkit.search.sitting import ends_epoch, sit
 from ticketkit.search.train import Settings, Training
 from ticketkit.tasks import Batches, Data, Split, Task
 from ticketkit.ticket import Ticket, canonical, write_atomic
@@ -42,7 +41,6 @@ FORMAT = 1
 GOAL = Supervised()  # tickets of every objective are verified on labelled tasks
 MODES = ("full", "linear")
 SELECTIONS = ("last", "best")
-KEPT = "kept/"  # of tensors that the selection adds to the state
 
 
 @dataclass(frozen=True)
@@ -180,35 +178,13 @@ class Trial:
         batches = Batches(self.subject.data.train, GOAL.views(self.subject.task), self.settings.batch_size)
         head = [name for name, _ in module.named_parameters() if models.in_head(self.origin.model, name)]
         training = Training(module, masks, self.settings, round=0, trainable=head if self.subject.mode == "linear" else None)
-        seconds = self._resume(training, selection)
-        began, saved = time.monotonic() - seconds, time.monotonic()
 
-        def after_step(now: Training) -> None:
-            nonlocal saved
+        def look(now: Training) -> None:
             progress.advance(f"{self}  loss {now.loss:.3f}  train {now.accuracy:.1%}")
-            ends = now.step % batches.steps_per_epoch == 0 or now.step == self.settings.steps
-            if ends:
+            if ends_epoch(now, batches):
                 selection.look(now.step)
-            if ends or time.monotonic() - saved >= every or stop.is_set():
-                self.run.save_state({**now.state(), **selection.state()}, time.monotonic() - began)
-                saved = time.monotonic()
-            if stop.is_set():
-                raise KeyboardInterrupt
 
-        with deferred_interrupt() as stop:
-            training.run(batches, after_step)
-        return time.monotonic() - began
-
-    def _resume(self, training: Training, selection: Selection) -> float:
-        saved = self.run.state(0)
-        if saved is None:
-            return 0.0
-        try:
-            training.load({name: array for name, array in saved[0].items() if not name.startswith(KEPT)})
-            selection.load(saved[0])
-        except (ModelError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise self.run.unusable_state(error) from None
-        return saved[1]
+        return sit(training, batches, self.run, every, look, selection)
 
 
 class Selection:
@@ -238,15 +214,14 @@ class Selection:
         """What a resumed training must know of the choice so far."""
         if not self._best:
             return {}
-        best = {f"{KEPT}best/{name}": array for name, array in self._best.items()}
-        return {f"{KEPT}step": np.array([self.step], np.int64), f"{KEPT}score": np.array([self.score]), **best}
+        best = {f"best/{name}": array for name, array in self._best.items()}
+        return {"step": np.array([self.step], np.int64), "score": np.array([self.score]), **best}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take up the choice where `state` left it."""
-        prefix = f"{KEPT}best/"
-        self._best = {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
+        self._best = {name.removeprefix("best/"): array for name, array in state.items() if name.startswith("best/")}
         if self._best:
-            self.step, self.score = int(state[f"{KEPT}step"][0]), float(state[f"{KEPT}score"][0])
+            self.step, self.score = int(state["step"][0]), float(state["score"][0])
 
     def _metric(self, split: Split) -> float:
         subject = self.trial.subject
