@@ -8,12 +8,14 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from small import few_digits
 
+from ticketkit import tasks
 from ticketkit.search.find import find
 
 
 def search(signal: Connection, write: int, within: bool, options: dict[str, Any]) -> None:
-    """Run `find` and signal at its `write`-th file.
+    """Run `find` on a few digits and signal at its `write`-th file.
 
     Args:
         signal: sent one byte.
@@ -36,4 +38,5 @@ def search(signal: Connection, write: int, within: bool, options: dict[str, Any]
 
     os.replace = counted  # type: ignore[assignment]
     torch.set_num_threads(1)
+    tasks.tasks()["digits"] = few_digits()
     find("digits", **options)

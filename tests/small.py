@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,11 @@ torch = pytest.importorskip("torch")
 
 from ticketkit import models, tasks  # noqa: E402
 from ticketkit.search.train import Settings  # noqa: E402
-from ticketkit.tasks import Data, Split, Task  # noqa: E402
+from ticketkit.tasks import (  # noqa: E402
+    Data,
+    Split,
+    Task,
+)
 
 DIGITS = tasks.get("digits")
 TINY = {"rounds": 1, "steps": 2, "batch_size": 32, "threads": 1}
@@ -46,3 +51,14 @@ def little(name: str = "digits", classes: int = 10, wrong: bool = False) -> Task
         return Data(train, val, shifted, tuple("0123456789"[:classes]))
 
     return dataclasses.replace(DIGITS, name=name, load=load)
+
+
+def few(data: Data) -> Data:
+    """The first 40 images of each split."""
+    first = np.arange(40)
+    return replace(data, train=data.train.take(first), val=data.val.take(first), test=data.test.take(first))
+
+
+def few_digits() -> Task:
+    """Digits with no more than 120 images."""
+    return replace(DIGITS, load=lambda folder: few(DIGITS.load(folder)))

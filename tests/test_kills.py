@@ -22,7 +22,9 @@ import pytest
 pytest.importorskip("torch")
 
 import kills
+from small import few_digits
 
+from ticketkit import tasks
 from ticketkit.search.find import find
 from ticketkit.search.rundir import RunDir
 
@@ -42,7 +44,7 @@ def server() -> Iterator[ForkServerContext]:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         pytest.skip("no forkserver on this system")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ticketkit.search.find"])
+    context.set_forkserver_preload(["ticketkit.search.find", "sklearn.datasets"])  # of installed packages alone
     yield context
 
 
@@ -75,8 +77,9 @@ def kept(run: RunDir) -> list[tuple[bytes, bytes, str, float]]:
 
 @pytest.mark.parametrize(("name", "moments", "longest"), [("supervised", 10, 6), ("moco", 3, 4)])
 def test_killed_at_random_moments_the_search_ends_with_the_same_bits(
-    name: str, moments: int, longest: int, server: ForkServerContext, tmp_path: Path
+    name: str, moments: int, longest: int, server: ForkServerContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(tasks.tasks(), "digits", few_digits())
     options, choice = {**SEARCHES[name], **COMMON}, random.Random(0)
     whole = kept(RunDir(find("digits", out=tmp_path / "whole", **options).path))
     out = tmp_path / "killed"

@@ -23,6 +23,8 @@ A test here that is called `..._can_fail` puts the bug in and sees its check fai
     transfer crashes at the end of epoch 1      test_verify_store.py::test_killed_past_an_epoch_ends_with_the_same_bits
     resuming a transfer crashes                 test_verify_store.py::test_killed_past_an_epoch_ends_with_the_same_bits
     best epoch of a transfer picked on test     test_verify_store.py::test_nothing_is_chosen_by_test_images
+    other masks on every rank                   test_ranks.py::test_masks_are_those_of_one_process_but_for_ties_within_rounding
+    other masks on a rank go unseen             test_ranks.py::test_an_error_of_one_is_an_error_of_all
     all ones is not dense                       test_train.py::test_all_ones_mask_trains_bit_identically_to_dense
 """
 
@@ -37,7 +39,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small import DIGITS, everything, settings, start
+from small import DIGITS, everything, few, few_digits, settings, start
 
 torch = pytest.importorskip("torch")
 
@@ -196,12 +198,6 @@ def test_everything_is_rewound_can_fail(tmp_path: Path, pretrained: Path, monkey
         check_rewound(run, seen, "pretrained", pretrained)
 
 
-def few(data: Data) -> Data:
-    """The first 40 images of each split."""
-    first = np.arange(40)
-    return replace(data, train=data.train.take(first), val=data.val.take(first), test=data.test.take(first))
-
-
 def test_every_round_trains_as_long_as_the_recipe_says(tmp_path: Path, monkeypatch: Patch) -> None:
     """A recipe in epochs: 2 of 2 batches each, in every round, under one schedule."""
     rates: dict[int, list[float]] = {0: [], 1: [], 2: []}
@@ -213,7 +209,7 @@ def test_every_round_trains_as_long_as_the_recipe_says(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(Training, "_one_step", look)
     recipe = replace(DIGITS.recipe, epochs=2, batch_size=16)
-    monkeypatch.setitem(tasks.tasks(), "digits", replace(DIGITS, recipe=recipe, load=lambda folder: few(DIGITS.load(folder))))
+    monkeypatch.setitem(tasks.tasks(), "digits", replace(few_digits(), recipe=recipe))
     find("digits", rounds=2, threads=1, out=tmp_path / "run")
     assert len(rates[0]) == 4 and rates[0] == rates[1] == rates[2] and len(set(rates[0])) == 4
 
