@@ -138,7 +138,10 @@ def set_head(name: str, module: nn.Module, head: nn.Module) -> None:
 
 
 def projection(width: int, dim: int) -> nn.Sequential:
-    """The head of contrastive learning: [N, width] -> [N, dim] through one hidden layer (Chen et al. 2020, section 4.2)."""
+    """The head of contrastive learning: [N, width] -> [N, dim] through one hidden layer (Chen et al. 2020, section 4.2).
+
+    Its layers are 0 and 2, as in MoCo v2's checkpoints.
+    """
     return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, dim))
 
 

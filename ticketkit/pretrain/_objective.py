@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 
 from torch import Tensor, nn
 
+from ticketkit.errors import TicketError
 from ticketkit.tasks import Split, Task, Views
 
 Gather: TypeAlias = Callable[[Tensor], Tensor]
@@ -16,6 +17,12 @@ Gather: TypeAlias = Callable[[Tensor], Tensor]
 def same(embeddings: Tensor) -> Tensor:
     """The `Gather` of a single process."""
     return embeddings
+
+def need(holds: bool, option: str, expected: str, got: float) -> None:
+    """Raise TicketError unless the option's value is as expected."""
+    if not holds:
+        raise TicketError(f"--{option.replace('_', '-')}: expected {expected}, got {got}; choose another value")
+
 
 class Objective(Protocol):
     """A loss and everything it needs; its dataclass fields are the options of a run.

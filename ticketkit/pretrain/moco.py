@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ticketkit.pretrain._objective import Gather, Objective, same
-from ticketkit.pretrain._projection import need, projection
+from ticketkit import models
+from ticketkit.pretrain._objective import Gather, Objective, need, same
 from ticketkit.pretrain._retrieval import evaluate, unit
 from ticketkit.pretrain._views import TwoViews
 from ticketkit.tasks import Split, Task
@@ -117,7 +117,7 @@ class MoCo:
 
     def head(self, features: int, num_classes: int) -> nn.Module:
         """[N, features] -> embeddings [N, dim]."""
-        return projection(features, self.dim)
+        return models.projection(features, self.dim)
 
     def views(self, task: Task) -> TwoViews:
         """Two views of each image."""
