@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small import DIGITS, everything, settings, start
+from small import DIGITS, everything, few_digits, settings, start
 
 torch = pytest.importorskip("torch")
 
-from ticketkit import masks, models  # noqa: E402
+from ticketkit import masks, models, tasks  # noqa: E402
 from ticketkit.errors import TicketError  # noqa: E402
 from ticketkit.search.find import find  # noqa: E402
 from ticketkit.search.methods import ACDC, GMP, METHODS  # noqa: E402
@@ -107,6 +107,33 @@ def test_combinations_without_sense_are_refused(tmp_path: Path, options: dict[st
     with pytest.raises(TicketError, match=words) as caught:
         find("digits", out=tmp_path / "run", **options, **SHORT)
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("method", "sources"), [("imp", [0, 1]), ("oneshot", [0, 0])])
+def test_learning_rate_rewinding_goes_on_from_trained_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, sources: list[int]
+) -> None:
+    """Renda et al. 2020, section 3: the weights as trained, bit for bit, the schedule at its start, and no momentum."""
+    began: list[tuple[dict[str, np.ndarray], int, float]] = []
+    run = Training.run
+
+    def look(self: Training, *rest: Any) -> None:
+        assert not self.optimizer.state
+        began.append((models.arrays(self.module), self.step, self.settings.lr_at(self.step)))
+        run(self, *rest)
+
+    monkeypatch.setattr(Training, "run", look)
+    monkeypatch.setitem(tasks.tasks(), "digits", few_digits())
+    length = {"rounds": 2} if method == "imp" else {"sparsity": (0.2, 0.36)}
+    found = RunDir(find("digits", method=method, rewind="lr", out=tmp_path / "run", **length, **{**SHORT, "steps": 3}).path)
+    assert [(step, lr) for _, step, lr in began] == [(0, SHORT["lr"])] * 3
+    for k, source in enumerate(sources, 1):
+        _, ticket = found.round(k)
+        for name, array in found.round(source)[0].items():
+            mask = ticket.masks.get(name, np.ones(array.shape, np.bool_))
+            assert np.array_equal(began[k][0][name], array * mask) and np.array_equal(ticket.weights[name], array)
+        other = found.round(1 - source)[0]["conv1.weight"]
+        assert k == 1 or not np.array_equal(began[k][0]["conv1.weight"], other), "negative control: the other method's source"
 
 
 # Within a round -----------------------------------------------------------------------------------------------------------------
