@@ -176,6 +176,8 @@ def test_damaged_round_is_named(small_run: Path, tmp_path: Path, capsys: Capture
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
-    line = fails_with_one_line(capsys, "digits", *OPTIONS, "--rounds=3", "--out", str(tmp_path / "run"))
-    assert "round_02/ticket.safetensors: sha256 differs" in line
+    assert run("find", "digits", *OPTIONS, "--rounds=3", "--out", str(tmp_path / "run")) == 1
+    recipe, error = capsys.readouterr().err.splitlines()
+    assert recipe.startswith("training: ") and error.startswith("ticketkit: error: ")
+    assert "round_02/ticket.safetensors: sha256 differs" in error
     assert (tmp_path / "run" / "round_01" / "ticket.safetensors").exists() and not (tmp_path / "run" / "round_03").exists()

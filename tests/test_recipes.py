@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("torch")
 
 from ticketkit import tasks
-from ticketkit.search import setup
+from ticketkit.search.settings import recipe, settings
 from ticketkit.tasks import RECIPES, Recipe
 
 IMAGES = 1024
@@ -31,7 +31,7 @@ def test_the_table_is_whole() -> None:
 @pytest.mark.parametrize("name", TABLE)
 def test_recipe_trains_as_the_table_says(name: str) -> None:
     epochs, batch, lr, weight_decay, falls = TABLE[name]
-    chosen = setup.settings(setup.recipe(name, tasks.get("digits")), IMAGES, 0, *[None] * 9)
+    chosen = settings(tasks.get("digits"), IMAGES, 0, recipe=name)
     per_epoch = IMAGES // batch
     assert (chosen.steps, chosen.batch_size, chosen.weight_decay) == (epochs * per_epoch, batch, weight_decay)
     assert chosen.momentum == 0.9 and chosen.warmup == 0
@@ -46,7 +46,7 @@ def test_recipe_trains_as_the_table_says(name: str) -> None:
 def test_each_task_trains_by_its_own_recipe(name: str) -> None:
     """P1's where the table has the task, VisDA's for photographs of one's own."""
     expected = {"digits": "digits", "image-folder": "paper-visda"}.get(name, f"paper-{name}")
-    assert tasks.get(name).recipe.name == expected == setup.recipe(None, tasks.get(name)).name
+    assert tasks.get(name).recipe.name == expected == recipe(None, tasks.get(name)).name
 
 
 def test_a_recipe_is_one_line() -> None:
@@ -57,8 +57,13 @@ def test_a_recipe_is_one_line() -> None:
     assert not any(re.search(r"\n|\(|\[", str(recipe)) for recipe in RECIPES.values())
 
 
+def test_unknown_keywords_are_refused() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'epoch'"):
+        settings(tasks.get("digits"), IMAGES, 0, epoch=3)  # type: ignore[call-arg]
+
+
 def test_every_field_can_be_changed() -> None:
-    changes = (3, None, 64, 0.3, "multistep", 0.0, 0.5, [0.25], 2)
-    chosen = setup.settings(RECIPES["paper-simclr"], IMAGES, 5, *changes)
+    sgd = {"lr": 0.3, "schedule": "multistep", "weight_decay": 0.0, "momentum": 0.5, "milestones": [0.25], "warmup": 2}
+    chosen = settings(tasks.get("digits"), IMAGES, 5, recipe="paper-simclr", epochs=3, batch_size=64, **sgd)
     assert (chosen.steps, chosen.batch_size, chosen.lr, chosen.schedule) == (48, 64, 0.3, "multistep")
     assert (chosen.weight_decay, chosen.momentum, chosen.milestones, chosen.warmup, chosen.seed) == (0.0, 0.5, (0.25,), 2, 5)

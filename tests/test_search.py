@@ -28,6 +28,7 @@ from ticketkit.search.find import find, load_round  # noqa: E402
 from ticketkit.search.progress import Progress  # noqa: E402
 from ticketkit.search.rewind import step_of  # noqa: E402
 from ticketkit.search.rundir import RunDir  # noqa: E402
+from ticketkit.search.settings import settings as settings_of  # noqa: E402
 from ticketkit.search.train import Training  # noqa: E402
 from ticketkit.tasks import Batches, Crops, Data, Task  # noqa: E402
 from ticketkit.ticket import read_safetensors  # noqa: E402
@@ -374,7 +375,7 @@ def test_senseless_options_are_refused_before_anything_is_written(tmp_path: Path
 def test_recipe_of_the_paper_is_the_default() -> None:
     """P1, Table 1: 182 epochs, batch 256, lr 0.1 falling at epochs 91 and 136, weight decay 2e-4."""
     task: Task = tasks.get("cifar10")
-    chosen = setup.settings(setup.recipe(None, task), 45_000, 0, *[None] * 9)
+    chosen = settings_of(task, 45_000, 0)
     assert (chosen.batch_size, chosen.lr, chosen.weight_decay, chosen.momentum) == (256, 0.1, 2e-4, 0.9)
     per_epoch = 45_000 // 256
     assert chosen.steps == 182 * per_epoch

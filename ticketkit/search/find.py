@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -25,7 +25,11 @@ from ticketkit.search.loop import Search
 from ticketkit.search.progress import Progress
 from ticketkit.search.ranks import Machine, Ranks
 from ticketkit.search.rundir import Row, RunDir
+from ticketkit.search.settings import Changes, recipe, settings
 from ticketkit.ticket import Ticket
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,6 @@ class RunResult:
 def find(
     task: str = "digits",
     *,
-    recipe: str | None = None,
     model: str | None = None,
     weights: str | None = None,
     objective: str = "supervised",
@@ -62,15 +65,6 @@ def find(
     rate: float = 0.2,
     granularity: str = "1x1",
     rewind: str = "pretrained",
-    epochs: int | None = None,
-    steps: int | None = None,
-    batch_size: int | None = None,
-    lr: float | None = None,
-    schedule: str | None = None,
-    weight_decay: float | None = None,
-    momentum: float | None = None,
-    milestones: Sequence[float] | None = None,
-    warmup: int | None = None,
     accumulate: int = 1,
     seed: int = 0,
     data: str | os.PathLike[str] | None = None,
@@ -80,12 +74,12 @@ def find(
     log: str | None = None,
     checkpoint_seconds: float = 60.0,
     progress: Progress | None = None,
+    **changes: Unpack[Changes],
 ) -> RunResult:
     """Find lottery tickets by pruning, or take up an interrupted search where it stopped.
 
     Args:
         task: one of `ticketkit.tasks.names()`; a self-supervised objective takes its images alone.
-        recipe: one of `ticketkit.tasks.RECIPES`, the settings of P1, Table 1; default: the task's. The options below change it.
         model: one of `ticketkit.models.names()`; default: the task's.
         weights: checkpoint file, torchvision weight name, or "random"; default: the model family's.
         objective: one of `ticketkit.pretrain.names()`: supervised, simclr, moco.
@@ -98,11 +92,6 @@ def find(
         granularity: "RxC" prunes whole blocks of R output channels by C weights, by their mean magnitude, such as "4x1" or
             "1x16", see `ticketkit.masks.global_magnitude`; a round's sparsity is then rounded to blocks. "1x1": single weights.
         rewind: "pretrained", "init", "early" or "lr", see `ticketkit.search.rewind`.
-        epochs, steps: length of a round, one of the two; default: the recipe's epochs.
-        batch_size, lr, schedule, weight_decay, momentum: of SGD; default: the recipe's. Schedules: multistep, cosine, constant.
-            The batch is that of all processes together.
-        milestones: fractions of a round at which schedule multistep multiplies the learning rate by 0.1; default: the recipe's.
-        warmup: steps over which the learning rate first rises linearly; default: the recipe's.
         accumulate: parts in which each process works off its share of a batch, to save memory.
         seed: of initialisation, data order and augmentation; 0 is a seed like any other.
         data: the task's data folder.
@@ -113,6 +102,8 @@ def find(
         log: "csv" or "tensorboard" writes curves to OUT/logs, too.
         checkpoint_seconds: the state is written at the end of each epoch and at least this often in between.
         progress: told of each step and round.
+        changes: how a round trains, see `ticketkit.search.settings.Changes`: recipe, epochs or steps, batch_size, lr, schedule,
+            milestones, warmup, momentum, weight_decay.
 
     Returns:
         The run directory, its configuration and one row for each round asked for, dense first.
@@ -123,7 +114,7 @@ def find(
     """
     chosen, how, block = tasks.get(task), methods.get(method), algebra.parse_block(granularity)
     goal = setup.objective(objective, temperature=temperature, queue=queue, key_momentum=key_momentum)
-    levels, named = setup.levels(how, rounds, sparsity, rate), setup.recipe(recipe, chosen)
+    levels, named = setup.levels(how, rounds, sparsity, rate), recipe(changes.get("recipe"), chosen).name
     if rewind in points.POINTS and rewind not in how.rewinds:
         raise TicketError(f"--rewind: method {method} prunes while it trains; expected {' or '.join(how.rewinds)}, got {rewind}")
     if not checkpoint_seconds >= 0.0:  # "not >=": NaN too
@@ -132,32 +123,31 @@ def find(
     model = model or chosen.model
     run = RunDir(out if out is not None else Path("runs") / f"{task}-{model}-seed{seed}")
     images = chosen.load(None if data is None else Path(data))
-    training = (epochs, steps, batch_size, lr, schedule, weight_decay, momentum, milestones, warmup, accumulate)
-    settings = setup.settings(named, len(images.train), seed, *training)
-    rewound_step = points.step_of(rewind, settings.steps)
+    training = settings(chosen, len(images.train), seed, accumulate, **changes)
+    rewound_step = points.step_of(rewind, training.steps)
     ranks = Ranks(machine)
-    ranks.check_batch(settings.batch_size, settings.accumulate)
+    ranks.check_batch(training.batch_size, training.accumulate)
     with ExitStack() as here:
         here.enter_context(torch.random.fork_rng(devices=[]))
         here.enter_context(setup.torch_threads(threads, run))
         here.enter_context(ranks.launched())
         shown = here.enter_context(setup.shown(progress, ranks))
         start = ranks.each(lambda: setup.network(model, weights, len(images.classes), chosen.size, seed, goal))
-        how_told = setup.pruning(goal, how, levels, ranks.machine, rewind=rewind, rate=rate, granularity=granularity, recipe=named.name)
-        config = setup.config(chosen, model, images, settings, start.source, how_told)
+        how_told = setup.pruning(goal, how, levels, ranks.machine, rewind=rewind, rate=rate, granularity=granularity, recipe=named)
+        config = setup.config(chosen, model, images, training, start.source, how_told)
         ranks.same(f"{config['data_sha256']} {config['weights_sha256']}", "the images or the weights")
 
         def begin() -> None:
             here.enter_context(run.claim(config))
             setup.keep_start(run, start, rewind)
-            left = setup.steps_left(run, settings.steps, rewound_step, len(levels) - 1)
-            shown.start(len(levels) - 1, left, f"{named.name}: {settings}", start.source.remarks)
+            left = setup.steps_left(run, training.steps, rewound_step, len(levels) - 1)
+            shown.start(len(levels) - 1, left, f"{named}: {training}", start.source.remarks)
 
         ranks.from_first(begin)
         curves = logs.Log(log if ranks.first else None, run.path)
         here.callback(curves.close)
         search = Search(
-            start.module, chosen, images, goal, how, levels, settings, block, config, run, ranks, curves, checkpoint_seconds, shown
+            start.module, chosen, images, goal, how, levels, training, block, config, run, ranks, curves, checkpoint_seconds, shown
         )
         search.iterate(start.pretrained)
         there, rows = ranks.from_first(lambda: (run.config(), run.rows()))

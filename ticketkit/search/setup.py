@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from ticketkit.search.progress import Progress
 from ticketkit.search.ranks import Machine, Ranks
 from ticketkit.search.rundir import Arrays, RunDir
 from ticketkit.search.train import Settings
-from ticketkit.tasks import RECIPES, SCHEDULES, Data, Recipe, Task
+from ticketkit.tasks import Data, Task
 
 ROUNDS = 3  # of imp, where nothing is said
 LEVEL = 0.9  # of the other methods
@@ -74,79 +72,6 @@ def objective(name: str, **options: float | None) -> Objective:
         if key not in known:
             raise TicketError(f"--{key.replace('_', '-')}: objective {name} has no such option; leave it out or choose another --objective")
     return chosen(**given)
-
-
-def recipe(name: str | None, task: Task) -> Recipe:
-    """The recipe of that name, the task's where none is given."""
-    if name is not None and name not in RECIPES:
-        raise TicketError(f"--recipe: expected one of {', '.join(RECIPES)}, got {name!r}")
-    return task.recipe if name is None else RECIPES[name]
-
-
-def settings(
-    recipe: Recipe,
-    images: int,
-    seed: int,
-    epochs: int | None,
-    steps: int | None,
-    batch_size: int | None,
-    lr: float | None,
-    schedule: str | None,
-    weight_decay: float | None,
-    momentum: float | None,
-    milestones: Sequence[float] | None,
-    warmup: int | None,
-    accumulate: int = 1,
-) -> Settings:
-    """The recipe with the user's changes, for `images` training images."""
-    if epochs is not None and steps is not None:
-        raise TicketError("--epochs and --steps say the same thing; give one of them")
-    given = {"--epochs": epochs, "--steps": steps, "--batch-size": batch_size, "--accumulate": accumulate}
-    for option, value in given.items():
-        if value is not None and value < 1:
-            raise TicketError(f"{option}: expected at least 1, got {value}")
-    if seed < 0:
-        raise TicketError(f"--seed: expected 0 or more, got {seed}")
-    if lr is not None and not 0.0 < lr < math.inf:
-        raise TicketError(f"--lr: expected a positive learning rate, got {lr:g}")
-    if weight_decay is not None and not 0.0 <= weight_decay < math.inf:
-        raise TicketError(f"--weight-decay: expected 0 or more, got {weight_decay:g}")
-    if schedule is not None and schedule not in SCHEDULES:
-        raise TicketError(f"--schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}")
-    if momentum is not None and not 0.0 <= momentum < 1.0:
-        raise TicketError(f"--momentum: expected at least 0 and less than 1, got {momentum:g}")
-    batch = min(batch_size or recipe.batch_size, images)
-    if batch % accumulate:
-        raise TicketError(f"--accumulate: expected a divisor of the batch of {batch} images, got {accumulate}")
-    length, course = steps or (epochs or recipe.epochs) * (images // batch), schedule or recipe.schedule
-    rise = recipe.warmup if warmup is None else warmup
-    if rise != 0 and not 0 < rise < length:
-        raise TicketError(f"--warmup: expected 0 or more steps and fewer than the {length} of a round, got {rise}")
-    return Settings(
-        steps=length,
-        batch_size=batch,
-        lr=recipe.lr if lr is None else lr,
-        schedule=course,
-        milestones=_milestones(recipe, milestones, course),
-        weight_decay=recipe.weight_decay if weight_decay is None else weight_decay,
-        momentum=recipe.momentum if momentum is None else momentum,
-        seed=seed,
-        warmup=rise,
-        accumulate=accumulate,
-    )
-
-
-def _milestones(recipe: Recipe, given: Sequence[float] | None, schedule: str) -> tuple[float, ...]:
-    if given is not None and schedule != "multistep":
-        raise TicketError(f"--milestones: only --schedule multistep has them, got {schedule}")
-    if schedule != "multistep":
-        return recipe.milestones
-    fractions = tuple(map(float, recipe.milestones if given is None else given))
-    rising = (0.0, *fractions, 1.0)
-    if not fractions or not all(a < b for a, b in pairwise(rising)):  # "not <": NaN too
-        got = ",".join(f"{fraction:g}" for fraction in fractions) or "none"
-        raise TicketError(f"--milestones: expected increasing fractions of a round between 0 and 1, such as 0.5,0.75, got {got}")
-    return fractions
 
 
 def network(model: str, weights: str | None, num_classes: int, size: int, seed: int, goal: Objective) -> Start:

@@ -13,17 +13,21 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from ticketkit import tasks as known
 from ticketkit.errors import TicketError
-from ticketkit.search import setup
 from ticketkit.search.progress import Progress
+from ticketkit.search.settings import Changes, settings
 from ticketkit.verifier.origin import Origin, check_control
 from ticketkit.verifier.plan import Plan
 from ticketkit.verifier.report import Report
 from ticketkit.verifier.trial import MODES, SELECTIONS, Subject
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["Report", "verify"]
 
@@ -39,21 +43,12 @@ def verify(
     select: str = "last",
     start: str = "rewound",
     dense_weights: str | os.PathLike[str] | None = None,
-    recipe: str | None = None,
-    epochs: int | None = None,
-    steps: int | None = None,
-    batch_size: int | None = None,
-    lr: float | None = None,
-    schedule: str | None = None,
-    weight_decay: float | None = None,
-    momentum: float | None = None,
-    milestones: Sequence[float] | None = None,
-    warmup: int | None = None,
     data: str | os.PathLike[str] | None = None,
     out: str | os.PathLike[str] = "runs/verify",
     threads: int | None = None,
     checkpoint_seconds: float = 60.0,
     progress: Progress | None = None,
+    **changes: Unpack[Changes],
 ) -> Report:
     """Whether tickets match the dense network: matching, winning and universal, as defined in `ticketkit.verifier.verdicts`.
 
@@ -71,11 +66,10 @@ def verify(
         select: "last" measures the last weights, "best" those of the epoch with the best validation metric.
         start: "rewound", the weights that the ticket rewinds to, or "trained", its sparse-trained weights of that round.
         dense_weights: checkpoint file of θ_p; default: what the run directory or the ticket holds of it.
-        recipe: one of `ticketkit.tasks.RECIPES` for every task; default: each task's own.
-        epochs, steps, batch_size, lr, schedule, weight_decay, momentum, milestones, warmup: as in `find`, changes to the recipe.
         data: folder of the tasks' images.
         out: the store, a folder that several calls and processes may share.
         threads, checkpoint_seconds, progress: as in `find`.
+        changes: how every training is done, see `ticketkit.search.settings.Changes`; the recipe is each task's own where none is named.
 
     Raises:
         TicketkitError: anything wrong with the options, the data, the ticket or the store, in one line.
@@ -84,14 +78,10 @@ def verify(
     _check(seeds, mode, select, checkpoint_seconds)
     kinds = ["ticket", *dict.fromkeys(check_control(control) for control in controls)]
     origin = Origin(ticket, levels, start, dense_weights)
-    changes = (epochs, steps, batch_size, lr, schedule, weight_decay, momentum, milestones, warmup)
     folder = None if data is None else Path(data)
     subjects = [Subject(task, task.load(folder), mode, select) for task in map(known.get, _task_names(tasks, origin))]
-    settings = {
-        s.task.name: [setup.settings(setup.recipe(recipe, s.task), len(s.data.train), seed, *changes) for seed in range(seeds)]
-        for s in subjects
-    }
-    plan = Plan(origin, kinds, subjects, settings, Path(out))
+    recipes = {s.task.name: [settings(s.task, len(s.data.train), seed, **changes) for seed in range(seeds)] for s in subjects}
+    plan = Plan(origin, kinds, subjects, recipes, Path(out))
     with torch.random.fork_rng(devices=[]), progress or Progress() as shown:
         results = plan.train(threads, checkpoint_seconds, shown)
     return Report(
