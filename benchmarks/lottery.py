@@ -99,6 +99,8 @@ def page(found: list[dict[str, Any]]) -> str:
         by = [_level(highest[rule] and highest[rule]["by_test"]) for rule in RULES]
         chosen = _level(highest["one_sd"] and highest["one_sd"]["by_validation"])
         lines.append(f"| {_name(row)} | {row['task']} | {row['seeds']} | {_mean(row['dense']['test'])} | {by[0]} | {by[1]} | {chosen} |")
+    lines += ["", "## Highest sparsity that matches on every task, %", "", "| found on | tasks | by one sd | strict |", "|---|---|---|---|"]
+    lines += [f"| {name} | {', '.join(names)} | {' | '.join(levels)} |" for name, names, levels in universal(found)]
     for row in found:
         lines += ["", f"## {_name(row)} → {row['task']}", "", f"{_schedule(row)}; dense {_mean(row['dense']['test'])}.", ""]
         lines += ["| | sparsity | test | to dense | one sd | strict |", "|---|---|---|---|---|---|"]
@@ -108,6 +110,22 @@ def page(found: list[dict[str, Any]]) -> str:
             name = each["control"] or "ticket"
             lines.append(f"| {name} | {each['sparsity']:.2%} | {_mean(each['test'])} | {100 * each['difference']:+.2f} | {words} |")
     return "\n".join(lines) + "\n"
+
+
+def universal(found: list[dict[str, Any]]) -> list[tuple[str, list[str], list[str]]]:
+    """(search, its tasks, highest universal sparsity by each rule) of every search that was transferred to two tasks or more."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in found:
+        if not _controls(row):
+            groups[_name(row)].append(row)
+    answers = []
+    for name, rows in groups.items():
+        if len(rows) > 1:
+            verdicts = [{each["sparsity"]: each["matching"]["test"] for each in row["rows"]} for row in rows]
+            common = set.intersection(*(set(levels) for levels in verdicts))
+            best = [max((s for s in common if all(levels[s][rule] for levels in verdicts)), default=None) for rule in RULES]
+            answers.append((name, [row["task"] for row in rows], ["none" if s is None else f"{100 * s:.2f}" for s in best]))
+    return answers
 
 
 def _name(row: dict[str, Any]) -> str:

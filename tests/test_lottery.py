@@ -50,6 +50,14 @@ def test_page_names_levels_verdicts_and_controls() -> None:
     assert "steps 7; dense 90.00 ± 0.20." in text and text.count("| resnet20 moco on cifar10 |") == 1, "controls have no highest level"
 
 
+def test_universal_level_matches_on_every_task() -> None:
+    other = found(task="cifar100", rows=[row(0.2, 0.9, matching=True), row(0.36, 0.9, matching=True)])
+    assert lottery.universal([other]) == [], "one task is no set"
+    (name, names, levels), = lottery.universal([found(), other])
+    assert (name, names, levels) == ("resnet20 moco on cifar10", ["digits", "cifar100"], ["20.00", "none"])
+    assert "| resnet20 moco on cifar10 | digits, cifar100 | 20.00 | none |" in lottery.page([found(), other])
+
+
 def test_newest_row_counts_and_missing_file_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "lottery.jsonl"
     with pytest.raises(DataError, match="run this script"):
