@@ -18,7 +18,7 @@ from ticketkit.errors import TicketError  # noqa: E402
 from ticketkit.search.find import find  # noqa: E402
 from ticketkit.search.methods import ACDC, GMP, METHODS  # noqa: E402
 from ticketkit.search.rundir import RunDir  # noqa: E402
-from ticketkit.search.train import Due, Training  # noqa: E402
+from ticketkit.search.train import Change, Due, Training  # noqa: E402
 from ticketkit.tasks import Batches, Crops, Data  # noqa: E402
 from ticketkit.ticket import Ticket  # noqa: E402
 
@@ -227,6 +227,20 @@ def test_decompressed_weights_start_without_momentum(data: Data) -> None:
 
     assert update(5) == (True, True), "decompressed before step 5"
     assert update(4) == (False, True), "negative control: compression keeps the momentum"
+
+
+def test_a_decompression_without_momentum_has_none_to_forget(data: Data) -> None:
+    """Also after a checkpoint, which asks every parameter for its momentum."""
+
+    def ends(momentum: float) -> tuple[dict[str, np.ndarray], bool]:
+        module = start()
+        due = {1: Change(0.9, nested=False), 2: Change(0.0, nested=False, forget=True)}.get
+        run = Training(module, masks.full(everything(module)), settings(steps=3, batch_size=8, momentum=momentum), 1, due=due)
+        states: list[dict[str, np.ndarray]] = []
+        run.run(batches(data), lambda now: states.append(now.state()))
+        return run.masks, any(key.startswith("momentum/") for key in states[-1])
+
+    assert [(masks.sparsity(mask), kept) for mask, kept in map(ends, (0.0, 0.9))] == [(0.0, False), (0.0, True)]
 
 
 @pytest.mark.parametrize("method", [GMP(), ACDC()])

@@ -190,8 +190,8 @@ class Training:
 
         self._set_masks(self.ranks.agree(decide))
         if change.forget:
-            for buffers in self.optimizer.state.values():
-                buffers["momentum_buffer"].zero_()
+            for buffer in self._momenta().values():
+                buffer.zero_()
 
     def _set_masks(self, masks: Masks) -> None:
         """Take the masks, and zero what they prune, in the objective's twins of the network too."""
@@ -210,13 +210,14 @@ class Training:
     def _apply_masks(self) -> None:
         torch._foreach_mul_(self._weights, self._factors)
 
+    def _momenta(self) -> dict[str, Tensor]:
+        """By parameter, where there is one: none before the first step, and none of SGD without momentum."""
+        found = {name: self.optimizer.state.get(parameter, {}).get("momentum_buffer") for name, parameter in self._trained.items()}
+        return {name: buffer for name, buffer in found.items() if buffer is not None}
+
     def state(self) -> dict[str, NDArray[Any]]:
         """Everything the rest of the round depends on, as arrays: network, momentum, masks, objective, random numbers, position."""
-        momentum = {
-            f"momentum/{name}": self.optimizer.state[parameter]["momentum_buffer"].cpu().contiguous().numpy()
-            for name, parameter in self._trained.items()
-            if self.optimizer.state[parameter].get("momentum_buffer") is not None
-        }
+        momentum = {f"momentum/{name}": buffer.cpu().contiguous().numpy() for name, buffer in self._momenta().items()}
         module = {f"module/{name}": array for name, array in models.arrays(self.module).items()}
         own = {f"objective/{name}": array for name, array in models.arrays(self.own).items()}
         masks = {f"mask/{name}": np.packbits(mask.reshape(-1), bitorder="little") for name, mask in self.masks.items()}
