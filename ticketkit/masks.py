@@ -119,7 +119,7 @@ def random(masks: Masks, rate: float, seed: int) -> dict[str, Mask]:
 
 def random_like(masks: Masks, seed: int) -> dict[str, Mask]:
     """As many weights as `masks` keeps, chosen uniformly over all layers: the random mask m_r of P1, Fig. 8."""
-    return _draw(_ones(masks), kept(masks), _generator(seed))
+    return _draw(full(masks), kept(masks), _generator(seed))
 
 
 def shuffled(masks: Masks, seed: int) -> dict[str, Mask]:
@@ -245,10 +245,6 @@ def _generator(seed: int) -> np.random.Generator:
     if seed < 0:
         raise TicketError(f"seed: expected 0 or more, got {seed}")
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
-
-
-def _ones(masks: Masks) -> dict[str, Mask]:
-    return {name: np.ones(mask.shape, np.bool_) for name, mask in masks.items()}
 
 
 def _draw(masks: Masks, count: int, generator: np.random.Generator) -> dict[str, Mask]:
