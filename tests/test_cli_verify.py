@@ -95,6 +95,7 @@ def test_help_names_every_choice(capsys: Capture) -> None:
         (["--control", "perturb=1"], "fraction"),
         (["--mode", "probe"], "--mode: expected one of full, linear, got 'probe'"),
         (["--select", "first"], "--select: expected one of last, best, got 'first'"),
+        (["--start", "trained", "--control", "complement"], "--control complement: most of its weights are zero"),
         (["--start", "dense"], "--start: expected one of rewound, trained, got 'dense'"),
         (["--dense-weights", "missing.pth"], "missing.pth: no such checkpoint file"),
         (["--checkpoint-seconds", "nan"], "--checkpoint-seconds: expected 0 or more"),

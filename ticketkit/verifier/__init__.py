@@ -61,7 +61,8 @@ def verify(
         tasks: of `ticketkit.tasks.names()`; default: the task that the ticket was found on.
         seeds: how many; they are 0, 1, 2, …
         levels: rounds of the run directory, or "all"; default: the last.
-        controls: of `ticketkit.verifier.origin.CONTROLS`, trained beside each level.
+        controls: of `ticketkit.verifier.origin.CONTROLS`, trained beside each level; with start "trained" only those that keep most
+            of the ticket's weights, perturb=P and reinit.
         mode: "full" fine-tunes everything, "linear" trains the head alone and freezes the rest, norm statistics too.
         select: "last" measures the last weights, "best" those of the epoch with the best validation metric.
         start: "rewound", the weights that the ticket rewinds to, or "trained", its sparse-trained weights of that round.
@@ -76,7 +77,7 @@ def verify(
         KeyboardInterrupt: after Ctrl-C, once the state is on disk.
     """
     _check(seeds, mode, select, checkpoint_seconds)
-    kinds = ["ticket", *dict.fromkeys(check_control(control) for control in controls)]
+    kinds = ["ticket", *dict.fromkeys(check_control(control, start) for control in controls)]
     origin = Origin(ticket, levels, start, dense_weights)
     folder = None if data is None else Path(data)
     subjects = [Subject(task, task.load(folder), mode, select) for task in map(known.get, _task_names(tasks, origin))]

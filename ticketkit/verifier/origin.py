@@ -19,8 +19,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ticketkit import masks as algebra
 from ticketkit import models
 from ticketkit.errors import TicketError
@@ -30,6 +28,7 @@ from ticketkit.ticket import Ticket, read_safetensors
 
 CONTROLS = ("random", "shuffled", "complement", "perturb=P", "reinit")
 STARTS = ("rewound", "trained")
+ELSEWHERE = ("random", "shuffled", "complement")  # controls that keep what the ticket prunes, which is zero in trained weights
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Origin:
         masks = self.ticket(self.levels[0] if variant.kind == "dense" else variant.level).masks
         name, _, fraction = variant.kind.partition("=")
         if name == "dense":
-            return {name: np.ones(mask.shape, np.bool_) for name, mask in masks.items()}
+            return algebra.full(masks)
         if name == "random":
             return algebra.random_like(masks, seed)
         if name == "shuffled":
@@ -129,12 +128,14 @@ def weights_sha256(weights: Mapping[str, Any] | None) -> str:
     return models.state_sha256({name: array for name, array in weights.items() if not name.endswith(".num_batches_tracked")})
 
 
-def check_control(control: str) -> str:
-    """The control, if it is one.
+def check_control(control: str, start: str) -> str:
+    """The control, if it is one, of tickets with that start.
 
     Raises:
-        TicketError: an unknown word, or a fraction P that is not above 0 and at most 1.
+        TicketError: an unknown word, a fraction P that is not above 0 and at most 1, or a control whose weights would be mostly zero.
     """
+    if control in ELSEWHERE and start == "trained":
+        raise TicketError(f"--control {control}: most of its weights are zero in the sparse-trained ones; expected --start rewound")
     name, equals, text = control.partition("=")
     if name == "perturb" and equals:
         try:
