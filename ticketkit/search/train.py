@@ -33,7 +33,15 @@ State = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Settings:
-    """The training algorithm A_t: everything that decides a round but its weights, masks, objective and data."""
+    """The training algorithm A_t: everything that decides a round but its weights, masks, objective and data.
+
+    Attributes:
+        steps: optimizer steps of a round.
+        batch_size: images of a global batch, that of all processes together.
+        lr, schedule, milestones, weight_decay, momentum, warmup: as in `ticketkit.tasks.Recipe`.
+        seed: of data order, augmentation and torch's random numbers.
+        accumulate: parts in which each process works off its share of a batch.
+    """
 
     steps: int
     batch_size: int
