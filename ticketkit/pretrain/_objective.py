@@ -18,6 +18,7 @@ def same(embeddings: Tensor) -> Tensor:
     """The `Gather` of a single process."""
     return embeddings
 
+
 def need(holds: bool, option: str, expected: str, got: float) -> None:
     """Raise TicketError unless the option's value is as expected."""
     if not holds:

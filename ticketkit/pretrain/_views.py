@@ -74,7 +74,7 @@ class TwoViews:
         }
 
     def render(self, images: NDArray[np.uint8], params: Draw) -> tuple[Tensor, Tensor]:
-        """Images uint8 [B, H, W, 3] and their B rows of a draw -> both views, each as `ticketkit.pretrain.Views` says."""
+        """Images uint8 [B, H, W, 3] and their B rows of a draw -> both views, each as `ticketkit.tasks.Views` says."""
         size, mean, std = self.task.size, torch.tensor(self.task.mean), torch.tensor(self.task.std)
         both = torch.empty((2, len(images), size, size, 3))
         step = max(1, AT_ONCE // size**2)
