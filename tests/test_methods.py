@@ -100,6 +100,7 @@ def test_where_the_masks_of_a_round_come_from(runs: dict[str, RunDir]) -> None:
         ],
         ({"method": "imp", "sparsity": (0.5, 0.9)}, "--sparsity: imp .* expected the last alone, got 2"),
         ({"method": "gmp", "sparsity": (0.5, 1.0)}, "target sparsity: expected 0 <= s < 1, got 1"),
+        ({"method": "gmp", "sparsity": (0.5,), "rate": 1.0}, "--rate: expected a fraction between 0 and 1, got 1"),
         ({"method": "oneshot", "rounds": 2, "sparsity": (0.5,)}, "say the same thing"),
     ],
 )

@@ -38,8 +38,6 @@ class Start:
 
 def rounds(count: int | None, sparsity: float | None, rate: float) -> int:
     """Pruning rounds from either of the two ways to ask for them."""
-    if not 0.0 < rate < 1.0:
-        raise TicketError(f"--rate: expected a fraction between 0 and 1, got {rate:g}")
     if count is not None and sparsity is not None:
         raise TicketError("--rounds and --sparsity say the same thing; give one of them")
     if count is not None and count < 0:
@@ -49,6 +47,8 @@ def rounds(count: int | None, sparsity: float | None, rate: float) -> int:
 
 def levels(method: Method, count: int | None, sparsity: float | Sequence[float] | None, rate: float) -> list[float]:
     """The sparsity of each round, 0 for the dense reference first."""
+    if not 0.0 < rate < 1.0:
+        raise TicketError(f"--rate: expected a fraction between 0 and 1, got {rate:g}")
     several = [] if sparsity is None else [sparsity] if isinstance(sparsity, float | int) else list(sparsity)
     for level in several:
         if not 0.0 <= level < 1.0:
