@@ -96,10 +96,11 @@ def page(found: list[dict[str, Any]]) -> str:
     lines += ["|---|---|---|---|---|---|---|"]
     for row in (row for row in found if not _controls(row)):
         highest = row["highest"]
-        by = [_level(highest[rule] and highest[rule]["by_test"]) for rule in RULES]
-        chosen = _level(highest["one_sd"] and highest["one_sd"]["by_validation"])
+        by = [_highest(highest[rule], "by_test") for rule in RULES]
+        chosen = _highest(highest["one_sd"], "by_validation")
         lines.append(f"| {_name(row)} | {row['task']} | {row['seeds']} | {_mean(row['dense']['test'])} | {by[0]} | {by[1]} | {chosen} |")
-    lines += ["", "## Highest sparsity that matches on every task, %", "", "| found on | tasks | by one sd | strict |", "|---|---|---|---|"]
+    lines += ["", "## Highest sparsity that matches on every task, %, chosen on test", ""]
+    lines += ["| found on | tasks | by one sd | strict |", "|---|---|---|---|"]
     lines += [f"| {name} | {', '.join(names)} | {' | '.join(levels)} |" for name, names, levels in universal(found)]
     for row in found:
         lines += ["", f"## {_name(row)} → {row['task']}", "", f"{_schedule(row)}; dense {_mean(row['dense']['test'])}.", ""]
@@ -114,23 +115,25 @@ def page(found: list[dict[str, Any]]) -> str:
 
 def universal(found: list[dict[str, Any]]) -> list[tuple[str, list[str], list[str]]]:
     """(search, its tasks, highest universal sparsity by each rule) of every search that was transferred to two tasks or more."""
-    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for row in found:
         if not _controls(row):
-            groups[_name(row)].append(row)
+            groups[row["run"], _name(row)].append(row)
     answers = []
-    for name, rows in groups.items():
+    for (_, name), rows in groups.items():
         if len(rows) > 1:
             verdicts = [{each["sparsity"]: each["matching"]["test"] for each in row["rows"]} for row in rows]
             common = set.intersection(*(set(levels) for levels in verdicts))
             best = [max((s for s in common if all(levels[s][rule] for levels in verdicts)), default=None) for rule in RULES]
-            answers.append((name, [row["task"] for row in rows], ["none" if s is None else f"{100 * s:.2f}" for s in best]))
+            told = ["?" if None in (row["highest"][rule] for row in rows) else _level(s) for rule, s in zip(RULES, best, strict=True)]
+            answers.append((name, [row["task"] for row in rows], told))
     return answers
 
 
 def _name(row: dict[str, Any]) -> str:
     origin = row["found_on"]
-    ways = [word for word, usual in ((row["mode"], "full"), (row["start"], "rewound"), (origin["rewind"], "pretrained")) if word != usual]
+    usual = {row["mode"]: "full", row["start"]: "rewound", origin["rewind"]: "pretrained", origin["method"]: "imp"}
+    ways = [way for way, common in usual.items() if way != common]
     return ", ".join([f"{origin['model']} {origin['objective']} on {origin['task']}", *ways])
 
 
@@ -142,8 +145,13 @@ def _mean(sample: dict[str, Any]) -> str:
     return f"{100 * sample['mean']:.2f}" + ("" if sample["sd"] is None else f" ± {100 * sample['sd']:.2f}")
 
 
-def _level(rung: dict[str, Any] | None) -> str:
-    return "none" if rung is None else f"{100 * rung['sparsity']:.2f}"
+def _highest(found: dict[str, Any] | None, choice: str) -> str:
+    """A level in percent, "?" where the rule is open: one seed has no standard deviation."""
+    return "?" if found is None else _level(found[choice] and found[choice]["sparsity"])
+
+
+def _level(sparsity: float | None) -> str:
+    return "none" if sparsity is None else f"{100 * sparsity:.2f}"
 
 
 def draw(found: list[dict[str, Any]], path: Path) -> None:

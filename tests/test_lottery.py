@@ -34,7 +34,7 @@ def row(sparsity: float, mean: float, control: str | None = None, matching: bool
 
 def found(**changes: Any) -> dict[str, Any]:
     """A row of lottery.jsonl."""
-    origin = {"model": "resnet20", "task": "cifar10", "objective": "moco", "rewind": "pretrained"}
+    origin = {"model": "resnet20", "task": "cifar10", "objective": "moco", "method": "imp", "rewind": "pretrained"}
     by_test = {"level": 1, "sparsity": 0.2, "test": sample(0.9, 0.001)}
     highest = {"one_sd": {"by_test": by_test, "by_validation": None}, "strict": {"by_test": None, "by_validation": None}}
     rows = [row(0.2, 0.8995, matching=True), row(0.36, 0.85)]
@@ -56,6 +56,17 @@ def test_universal_level_matches_on_every_task() -> None:
     (name, names, levels), = lottery.universal([found(), other])
     assert (name, names, levels) == ("resnet20 moco on cifar10", ["digits", "cifar100"], ["20.00", "none"])
     assert "| resnet20 moco on cifar10 | digits, cifar100 | 20.00 | none |" in lottery.page([found(), other])
+
+
+def test_searches_are_told_apart_and_one_seed_leaves_one_sd_open() -> None:
+    highest = {**found()["highest"], "one_sd": None}
+    other = found(run="gmp", task="cifar100", found_on={**found()["found_on"], "method": "gmp"}, highest=highest)
+    assert lottery.universal([found(), other]) == [], "two searches with a task each are no set"
+    text = lottery.page([found(), other])
+    assert "| resnet20 moco on cifar10, gmp | cifar100 | 3 | 90.00 ± 0.20 | ? | none | ? |" in text
+    assert "| resnet20 moco on cifar10 | digits | 3 | 90.00 ± 0.20 | 20.00 | none | none |" in text
+    one = [found(highest=highest), found(task="cifar100", highest=highest)]
+    assert [levels for _, _, levels in lottery.universal(one)] == [["?", "none"]]
 
 
 def test_newest_row_counts_and_missing_file_is_one_line(tmp_path: Path) -> None:
