@@ -55,7 +55,7 @@ def rows(run: Path, chosen: argparse.Namespace) -> list[dict[str, Any]]:
         "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     options = {"seeds": chosen.seeds, "mode": chosen.mode, "start": chosen.start, "controls": chosen.control}
-    options["levels"] = levels(chosen.levels)
+    options["levels"] = chosen.levels
     where = {"data": chosen.data, "out": chosen.store, "threads": chosen.threads}
     found = []
     for task in chosen.task:
@@ -65,13 +65,13 @@ def rows(run: Path, chosen: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
-def levels(text: str | None) -> list[int] | str | None:
+def levels(text: str) -> list[int] | str:
     """K[,K...] or all."""
-    return text if text in (None, "all") else [int(part) for part in str(text).split(",")]
+    return text if text == "all" else [int(part) for part in text.split(",")]
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The newest row of each run, task and way to train.
+    """One row of each run, task and way to train: of several the one of most levels and seeds, of equals the newest.
 
     Raises:
         DataError: no such file.
@@ -79,8 +79,16 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         raise DataError(f"{path}: no such file; run this script on run directories first")
     every = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    newest = {(row["run"], row["task"], row["mode"], row["start"], _controls(row)): row for row in every}
-    return list(newest.values())
+    best: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in every:
+        key = row["run"], row["task"], row["mode"], row["start"], _controls(row), _schedule(row)
+        if key not in best or _size(row) >= _size(best[key]):
+            best[key] = row
+    return list(best.values())
+
+
+def _size(row: dict[str, Any]) -> tuple[int, int]:
+    return len(row["rows"]), row["seeds"]
 
 
 def _controls(row: dict[str, Any]) -> tuple[str, ...]:
@@ -182,7 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="*", type=Path, metavar="RUN_DIR")
     parser.add_argument("--task", action="append", default=[], choices=tasks.names(), metavar="NAME", help="to transfer to; repeat it")
-    parser.add_argument("--levels", help="rounds of each run, K,K or all; default: the last")
+    parser.add_argument("--levels", type=levels, help="rounds of each run, K,K or all; default: the last")
     parser.add_argument("--control", action="append", default=[], metavar="C", help="as in `ticketkit verify`; repeat it")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="instead of those of SHORT")

@@ -96,6 +96,7 @@ def test_the_backbone_has_the_names_and_masks_of_the_supervised_network(runs: di
         ({"objective": "simclr", "queue": 16}, "--queue: objective simclr has no such option"),
         ({"objective": "simclr", "key_momentum": 0.5}, "--key-momentum: objective simclr has no such option"),
         ({"objective": "simclr", "temperature": 0.0}, "temperature: expected a number above 0, got 0"),
+        ({"objective": "simclr", "accumulate": 2}, "--accumulate: simclr compares the images of a whole batch; expected 1, got 2"),
         ({"objective": "moco", "queue": 0}, "queue: expected at least 1, got 0"),
         ({"objective": "byol"}, "unknown objective 'byol'; expected one of moco, simclr, supervised"),
     ],

@@ -88,7 +88,7 @@ def test_figure_is_the_same_twice(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("little_digits")
 def test_rows_of_a_run_hold_every_seed(small_run: Path, tmp_path: Path) -> None:
-    words = {"task": ["digits"], "levels": "1,2", "control": [], "seeds": 2, "steps": 2, "mode": "full", "start": "rewound", "threads": 1}
+    words = {"task": ["digits"], "levels": [1, 2], "control": [], "seeds": 2, "steps": 2, "mode": "full", "start": "rewound", "threads": 1}
     (made,) = lottery.rows(small_run, argparse.Namespace(**words, data=None, store=tmp_path / "store"))
     assert made["found_on"]["task"] == "digits" and made["schedule"]["steps"] == 2 and [each["level"] for each in made["rows"]] == [1, 2]
     assert all(len(each["test"]["values"]) == 2 for each in made["rows"]) and json.dumps(made)

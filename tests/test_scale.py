@@ -114,7 +114,7 @@ def test_csv_curves_of_two_sittings_join_by_step(tmp_path: Path) -> None:
     steps = [int(line["step"]) for line in (*first, *second) if line["loss"]]
     assert steps == [10, 20, 30], "written at once, and none twice"
     assert all(0 <= float(line["train_accuracy"]) <= 1 and float(line["lr"]) > 0 for line in (*first, second[0]))
-    assert float(second[-1]["round_metric"]) == pytest.approx(row["metric"]) and second[-1]["step"] == "0"
+    assert float(second[-1]["round_metric"]) == pytest.approx(row["metric"]) and second[-1]["step"] == "30"
 
 
 def test_unknown_log_is_one_clear_line(tmp_path: Path) -> None:

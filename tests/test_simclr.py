@@ -130,7 +130,7 @@ def test_every_self_supervised_objective_keeps_to_the_contract(name: str) -> Non
     state, losses = pairs.train(objective, module, masks, 2, batch=7)
     assert np.isfinite(losses).all() and isinstance(state.state_dict(), dict)
     for wrong, option in ((-1, field.name) for field in fields(objective)):
-        with pytest.raises(TicketError, match=f"^{option}: expected .*, got -1"):
+        with pytest.raises(TicketError, match=f"^--{option.replace('_', '-')}: expected .*, got -1"):
             type(objective)(**{option: wrong})
 
 

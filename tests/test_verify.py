@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,9 @@ from verifying import FAST, planned, results, rewritten, trainings  # noqa: E402
 
 from ticketkit import masks, models, tasks  # noqa: E402
 from ticketkit.errors import ModelError, TicketError  # noqa: E402
+from ticketkit.search.progress import Lines  # noqa: E402
 from ticketkit.ticket import Ticket, read_safetensors  # noqa: E402
-from ticketkit.verifier import verify  # noqa: E402
+from ticketkit.verifier import table, verify  # noqa: E402
 from ticketkit.verifier.origin import Variant  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread", "little_digits")
@@ -161,7 +162,13 @@ def test_linear_probe_of_a_new_stem_is_refused(tmp_path: Path) -> None:
     assert trial.begin()[2] == ("dropped from the checkpoint: conv1.weight", "newly initialised: conv1.weight, fc.weight, fc.bias")
 
 
-def test_divergence_names_the_training(small_run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"^digits: dense, seed 0: training diverged"):
-        verify(small_run, **{**FAST, "steps": 3, "lr": 1e30}, out=tmp_path)
-    assert os.listdir(tmp_path) and results(tmp_path) == {}
+def test_a_diverged_training_is_a_result_and_said(small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = verify(small_run, **{**FAST, "steps": 3, "lr": 1e30}, out=tmp_path, progress=Lines(sys.stdout))
+    (task,) = report.tasks
+    seeds = len(report.seeds)
+    assert task.diverged == task.rows[0].diverged == seeds and all(found["diverged"] for found in results(tmp_path).values())
+    assert "digits: dense, seed 0: training diverged: the loss is" in capsys.readouterr().out
+    assert task.to_dict()["rows"][0]["diverged"] == seeds and any("2 trainings diverged" in note for note in table._notes(report))
+    again = verify(small_run, **{**FAST, "steps": 3, "lr": 1e30}, out=tmp_path)
+    assert again.to_dict() == report.to_dict(), "finished: not tried again"
+    assert verify(small_run, **FAST, out=tmp_path).tasks[0].diverged == 0

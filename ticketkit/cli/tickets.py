@@ -19,6 +19,7 @@ from ticketkit.cli import _options
               " such as IMAGENET1K_V1, or random.  [default: random; IMAGENET1K_V1 for torchvision's networks]")
 @click.option("--objective", default="supervised", show_default=True, metavar="NAME", help="What is learnt: supervised, simclr or moco.")
 @click.option("--temperature", type=float, metavar="T", help="Of simclr and moco.  [default: 0.5, 0.2]")
+@click.option("--strength", type=float, metavar="S", help="Of simclr's colour distortion.  [default: 0.5 below 64 pixels, else 1]")
 @click.option("--queue", type=int, metavar="N", help="Keys in moco's queue.  [default: 4096]")
 @click.option("--key-momentum", type=float, metavar="M", help="Of moco's key encoder.  [default: 0.999]")
 @click.option("--method", default="imp", show_default=True, metavar="NAME", help="How it is pruned: imp, oneshot, gmp or acdc, see above.")

@@ -32,11 +32,13 @@ class Objective(Protocol):
         name: as on the command line.
         metric: name of what `evaluate` measures, a fraction in [0, 1].
         queries: per image, among which `loss` counts those that are right.
+        whole: the images of a batch are compared with one another, so that it cannot be worked off in parts.
     """
 
     name: ClassVar[str]
     metric: ClassVar[str]
     queries: ClassVar[int]
+    whole: ClassVar[bool]
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     def head(self, features: int, num_classes: int) -> nn.Module | None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ticketkit.tasks import Task
 
-AREA = (0.2, 1.0)  # of the image; MoCo's range
+AREA = (0.2, 1.0)  # of the image; MoCo's range, for SimCLR too, whose own begins at 0.08
 RATIO = (3 / 4, 4 / 3)  # width to height
 JITTERED, GREYED, BLURRED = 0.8, 0.2, 0.5  # probabilities
 SIGMA = (0.1, 2.0)  # of the blur, pixels

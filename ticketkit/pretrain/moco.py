@@ -108,6 +108,7 @@ class MoCo:
     name: ClassVar[str] = "moco"
     metric: ClassVar[str] = "retrieval accuracy"
     queries: ClassVar[int] = 1
+    whole: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         need(self.temperature > 0, "temperature", "a number above 0", self.temperature)

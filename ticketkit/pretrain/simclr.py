@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ticketkit import models
 from ticketkit.pretrain._objective import Gather, Objective, need, same
 from ticketkit.pretrain._retrieval import evaluate, nt_xent
-from ticketkit.pretrain._views import TwoViews
+from ticketkit.pretrain._views import BLUR_FROM, TwoViews
 from ticketkit.tasks import Split, Task
 
 
@@ -23,7 +23,7 @@ class SimCLR:
     Attributes:
         temperature: τ of eq. 1.
         dim: width of the embeddings.
-        strength: s of the colour distortion (A): 0.5 on CIFAR-10 (B.9), 1 on ImageNet.
+        strength: s of the colour distortion (A); None: as there, 0.5 for small images (B.9: CIFAR-10) and 1 for others (ImageNet).
 
     Raises:
         TicketError: an option out of its range.
@@ -31,16 +31,18 @@ class SimCLR:
 
     temperature: float = 0.5
     dim: int = 128
-    strength: float = 0.5
+    strength: float | None = None
 
     name: ClassVar[str] = "simclr"
     metric: ClassVar[str] = "retrieval accuracy"
     queries: ClassVar[int] = 2
+    whole: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         need(self.temperature > 0, "temperature", "a number above 0", self.temperature)
         need(self.dim >= 1, "dim", "at least 1", self.dim)
-        need(0 <= self.strength <= 2.5, "strength", "a number from 0 to 2.5", self.strength)
+        if self.strength is not None:
+            need(0 <= self.strength <= 2.5, "strength", "a number from 0 to 2.5", self.strength)
 
     def head(self, features: int, num_classes: int) -> nn.Module:
         """[N, features] -> embeddings [N, dim]."""
@@ -48,7 +50,8 @@ class SimCLR:
 
     def views(self, task: Task) -> TwoViews:
         """Two views of each image."""
-        return TwoViews(task, self.strength)
+        usual = 0.5 if task.size < BLUR_FROM else 1.0
+        return TwoViews(task, usual if self.strength is None else self.strength)
 
     def begin(self, network: nn.Module) -> nn.Module:
         """Nothing beside the network."""

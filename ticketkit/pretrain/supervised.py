@@ -23,6 +23,7 @@ class Supervised:
     name: ClassVar[str] = "supervised"
     metric: ClassVar[str] = "accuracy"
     queries: ClassVar[int] = 1
+    whole: ClassVar[bool] = False
 
     def head(self, features: int, num_classes: int) -> None:
         """The network keeps its own."""

@@ -57,6 +57,7 @@ def find(
     weights: str | None = None,
     objective: str = "supervised",
     temperature: float | None = None,
+    strength: float | None = None,
     queue: int | None = None,
     key_momentum: float | None = None,
     method: str = "imp",
@@ -83,7 +84,7 @@ def find(
         model: one of `ticketkit.models.names()`; default: the task's.
         weights: checkpoint file, torchvision weight name, or "random"; default: the model family's.
         objective: one of `ticketkit.pretrain.names()`: supervised, simclr, moco.
-        temperature, queue, key_momentum: options of the self-supervised objectives, see there; default: theirs.
+        temperature, strength, queue, key_momentum: options of the self-supervised objectives, see there; default: theirs.
         method: one of `ticketkit.search.methods.METHODS`: imp, oneshot, gmp, acdc.
         rounds: pruning rounds after the dense reference (round 0), default 3 for imp. Round k has sparsity 1 - (1 - rate)^k.
         sparsity: instead of rounds. imp: as many as reach this fraction of the prunable weights. The other methods: one round for each
@@ -92,7 +93,8 @@ def find(
         granularity: "RxC" prunes whole blocks of R output channels by C weights, by their mean magnitude, such as "4x1" or
             "1x16", see `ticketkit.masks.global_magnitude`; a round's sparsity is then rounded to blocks. "1x1": single weights.
         rewind: "pretrained", "init", "early" or "lr", see `ticketkit.search.rewind`.
-        accumulate: parts in which each process works off its share of a batch, to save memory.
+        accumulate: parts in which each process works off its share of a batch, to save memory; not for simclr, which compares the
+            images of a batch, and in moco each part finds the keys of those before it in the queue.
         seed: of initialisation, data order and augmentation; 0 is a seed like any other.
         data: the task's data folder.
         out: run directory; default: runs/TASK-MODEL-seedN. If it holds this very run, the run goes on
@@ -113,7 +115,9 @@ def find(
         KeyboardInterrupt: after Ctrl-C, once the state is on disk.
     """
     chosen, how, block = tasks.get(task), methods.get(method), algebra.parse_block(granularity)
-    goal = setup.objective(objective, temperature=temperature, queue=queue, key_momentum=key_momentum)
+    goal = setup.objective(objective, temperature=temperature, strength=strength, queue=queue, key_momentum=key_momentum)
+    if accumulate > 1 and goal.whole:
+        raise TicketError(f"--accumulate: {objective} compares the images of a whole batch; expected 1, got {accumulate}")
     levels, named = setup.levels(how, rounds, sparsity, rate), recipe(changes.get("recipe"), chosen).name
     if rewind in points.POINTS and rewind not in how.rewinds:
         raise TicketError(f"--rewind: method {method} prunes while it trains; expected {' or '.join(how.rewinds)}, got {rewind}")

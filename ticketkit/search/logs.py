@@ -33,11 +33,11 @@ class Log:
             numbers = {"loss": now.loss, "train_accuracy": now.accuracy, "lr": now.settings.lr_at(now.step - 1)}
             self._logger.log_metrics(numbers, now.round * now.settings.steps + now.step)
 
-    def round(self, row: dict[str, Any]) -> None:
-        """What a finished round measured, by its number."""
+    def round(self, row: dict[str, Any], step: int) -> None:
+        """What a finished round measured; `step` is its last, counted over all rounds."""
         if self._logger is not None:
             numbers = {key: row[key] for key in ("sparsity", "metric", "val_metric", "loss")}
-            self._logger.log_metrics({f"round_{key}": value for key, value in numbers.items()}, row["round"])
+            self._logger.log_metrics({f"round_{key}": value for key, value in numbers.items()}, step)
 
     def close(self) -> None:
         """Write what is still on its way to the disk."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ticketkit.errors import ModelError
 from ticketkit.search.interrupt import deferred_interrupt
 from ticketkit.search.rundir import Arrays, RunDir
-from ticketkit.search.train import Training
+from ticketkit.search.train import DivergedError, Training
 from ticketkit.tasks import Batches
 
 CARRIED = "carried/"  # of tensors that are not the training's own
@@ -50,7 +50,7 @@ def sit(
 
     Raises:
         TicketError: the state in `run` is damaged.
-        ModelError: the loss is no longer finite.
+        DivergedError: the loss is no longer finite.
         KeyboardInterrupt: after Ctrl-C, once the state is on disk.
     """
     seconds, ranks = _resume(training, run, carried), training.ranks
@@ -68,7 +68,11 @@ def sit(
             raise KeyboardInterrupt
 
     with deferred_interrupt() as stop:
-        training.run(batches, after_step)
+        try:
+            training.run(batches, after_step)
+        except DivergedError as error:
+            error.seconds = seconds + time.monotonic() - began
+            raise
     return seconds + time.monotonic() - began
 
 

@@ -95,6 +95,12 @@ def unchanged(step: int) -> Change | None:
     return None
 
 
+class DivergedError(ModelError):
+    """The loss is no longer finite; `seconds` is how long the training took until then."""
+
+    seconds = 0.0
+
+
 class Training:
     """One round in progress: network, optimizer, masks, the objective's own state, and position.
 
@@ -148,7 +154,7 @@ class Training:
         """Train to the end of the round; `after_step` is called after each step and may save, show or raise.
 
         Raises:
-            ModelError: the loss is no longer finite.
+            DivergedError: the loss is no longer finite.
         """
         while self.step < self.settings.steps:
             epoch, first = divmod(self.step, batches.steps_per_epoch)
@@ -173,14 +179,15 @@ class Training:
         for part, (labels_part, *views_part) in enumerate(zip(*(whole.chunk(parts) for whole in (labels, *views)), strict=True)):
             with self.ranks.without_sync(self.network, part < parts - 1):
                 here = tuple(view.to(self.device) for view in views_part)
-                loss, hits = self.objective.loss(self.network, self.own, here, labels_part.to(self.device), self.ranks.gather)
+                with self.ranks.fabric.autocast():  # of what the objective calls beside the network, too
+                    loss, hits = self.objective.loss(self.network, self.own, here, labels_part.to(self.device), self.ranks.gather)
                 self.ranks.fabric.backward(loss / parts)
             loss_here += loss.item() / parts
             right_here += float(hits)
         sums = self.ranks.total({"loss": loss_here, "right": right_here})  # of all ranks, so that all stop where one diverges
         self.loss = sums["loss"] / self.ranks.count
         if not math.isfinite(self.loss):
-            raise ModelError(f"training diverged: the loss is {self.loss} in round {self.round}, step {self.step}; lower --lr")
+            raise DivergedError(f"training diverged: the loss is {self.loss} in round {self.round}, step {self.step}; lower --lr")
         self.optimizer.step()
         self._apply_masks()
         self.objective.after_step(self.module, self.own)
@@ -197,12 +204,13 @@ class Training:
             return algebra.global_magnitude(weights, before, max(0.0, 1.0 - left), self.block)
 
         self._set_masks(self.ranks.agree(decide))
+        self._mask_twins()
         if change.forget:
             for buffer in self._momenta().values():
                 buffer.zero_()
 
     def _set_masks(self, masks: Masks) -> None:
-        """Take the masks, and zero what they prune, in the objective's twins of the network too."""
+        """Take the masks, and zero what they prune."""
         parameters = dict(self.module.named_parameters())
         self.masks = dict(masks)
         self._weights = [parameters[name].detach() for name in masks]  # shares memory with the parameters
@@ -211,9 +219,12 @@ class Training:
             for mask, weight in zip(masks.values(), self._weights, strict=True)
         ]
         self._apply_masks()
-        for twin in self.objective.twins(self.own) if hasattr(self, "own") else ():  # none before it begins from the masked network
+
+    def _mask_twins(self) -> None:
+        """Zero the same in the objective's twins of the network."""
+        for twin in self.objective.twins(self.own):
             copies = dict(twin.named_parameters())
-            torch._foreach_mul_([copies[name].detach() for name in masks], self._factors)
+            torch._foreach_mul_([copies[name].detach() for name in self.masks], self._factors)
 
     def _apply_masks(self) -> None:
         torch._foreach_mul_(self._weights, self._factors)
@@ -233,7 +244,8 @@ class Training:
         return {**module, **momentum, **own, **masks, "rng": torch.get_rng_state().numpy(), "position": position}
 
     def load(self, state: State) -> None:
-        """Go on from `state`, bit for bit as if never stopped (on one kind of machine, with as many threads)."""
+        """Go on from `state`, bit for bit as if never stopped (on one kind of processor, with as many threads; on
+        accelerators as far as their kernels give the same bits twice)."""
         part = _parts(state)
         if part["mask"].keys() != self.masks.keys():
             raise ModelError(f"expected masks of {len(self.masks)} layers, got {len(part['mask'])}")
@@ -253,7 +265,8 @@ class Training:
             if name in part["momentum"]:
                 buffer = torch.zeros_like(parameter)
                 self.optimizer.state[parameter]["momentum_buffer"] = buffer.copy_(torch.from_numpy(part["momentum"][name]))
-        self._set_masks(self.masks)
+        self._apply_masks()
+        self._mask_twins()
 
 
 def _freeze(module: nn.Module, trainable: Sequence[str] | None) -> dict[str, nn.Parameter]:

@@ -5,7 +5,8 @@ begin with an underscore are no tasks. A file name's underscores are dashes in t
 
 **What is measured on what.** A tenth of the training images is held out (`Data.val`) for whoever wants to choose something: a
 learning rate, a round to stop at. The test images are measured once a round and recorded as `metric`; nothing is chosen by them.
-Weights pretrained on the whole training set have seen the held-out images too; `val_metric` then flatters them all alike.
+Weights pretrained on the whole training set have seen the held-out images too: `val_metric` then flatters them, and the sparser they are
+made the less, for pruning forgets; choosing by it on the pre-training task itself favours denser tickets.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ by content in a store, `plan` all trainings of a call, `report` is what comes ou
 
 **What is measured on what.** Whatever is chosen (an epoch, with `select="best"`, or the highest matching level) is chosen on the
 validation images, a tenth of the training images, the same for every seed. The test images are measured once at the end of each
-training. The highest level by test images, as the papers report it, stands beside the other and is named so.
+training. The highest level by test images, as the papers report it, stands beside the other and is named so. On the task of the
+pre-training itself the pretrained weights may know the validation images (`ticketkit.tasks`): the choice then favours denser tickets.
 """
 
 from __future__ import annotations

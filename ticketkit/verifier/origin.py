@@ -63,7 +63,8 @@ class Origin:
             raise TicketError(f"{path}: the ticket does not say of which network it is; write the name as 'model' into its meta")
         self.model: str = meta["model"]
         self.meta = dict(meta)
-        self._dense = self._backbone(self._pretrained(dense_weights))
+        ours = self.ticket(self.levels[0]).weights  # a checkpoint may hold more
+        self._dense = {name: array for name, array in self._backbone(self._pretrained(dense_weights)).items() if name in ours}
         self.dense_sha256 = weights_sha256(self._dense)
 
     def ticket(self, level: int | None) -> Ticket:

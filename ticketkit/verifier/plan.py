@@ -24,9 +24,10 @@ Results = dict[str, Result]  # by key of the training
 
 @dataclass(frozen=True)
 class Identity:
-    """What a variant with a seed is by content: sparsity and hash of its masks, hash of its weights."""
+    """What a variant with a seed is by content: sparsity, weights left and hash of its masks, hash of its weights."""
 
     sparsity: float
+    kept: int
     mask_sha256: str
     weights_sha256: str
 
@@ -62,7 +63,8 @@ class Plan:
 
     def _identity(self, variant: Variant, seed: int) -> Identity:
         masks = self.origin.masks(variant, seed)
-        return Identity(algebra.sparsity(masks), Ticket(masks).mask_sha256, weights_sha256(self.origin.weights(variant)))
+        weights = weights_sha256(self.origin.weights(variant))
+        return Identity(algebra.sparsity(masks), algebra.kept(masks), Ticket(masks).mask_sha256, weights)
 
     @cached_property
     def trials(self) -> dict[tuple[str, Variant, int], Trial]:
@@ -94,9 +96,8 @@ class Plan:
                     busy.append(trial)
                     continue
                 results[trial.key] = result
-                progress.say(
-                    f"{trial}: validation {result.val:.2%}, test {result.test:.2%}, {result.seconds:.0f} s ({len(results)} of {count})"
-                )
+                metrics = f"validation {result.val:.2%}, test {result.test:.2%}{', diverged' if result.diverged else ''}"
+                progress.say(f"{trial}: {metrics}, {result.seconds:.0f} s ({len(results)} of {count})")
             if len(busy) == len(pending):
                 time.sleep(POLL)
             pending = busy
@@ -119,6 +120,9 @@ class Plan:
         task = subject.task
         recipe = {key: value for key, value in asdict(self.settings[task.name][0]).items() if key != "seed"}
 
+        def diverged(variant: Variant) -> int:
+            return sum(results[self.trials[task.name, variant, seed].key].diverged for seed in self.seeds)
+
         def sample(variant: Variant, split: str) -> Sample:
             return Sample(tuple(getattr(results[self.trials[task.name, variant, seed].key], split) for seed in self.seeds))
 
@@ -130,5 +134,6 @@ class Plan:
             control = None if variant.kind == "ticket" else variant.kind
             pretrained = identity.weights_sha256 == self.origin.dense_sha256
             verdicts = matching(own_val, val), matching(own_test, test)
-            rows.append(Row(control, variant.level, identity.sparsity, pretrained, own_val, own_test, *verdicts))
-        return TaskReport(task.name, task.metric, recipe, val, test, tuple(rows))
+            of = control, variant.level, identity.sparsity, identity.kept, pretrained, diverged(variant)
+            rows.append(Row(*of, own_val, own_test, *verdicts))
+        return TaskReport(task.name, task.metric, recipe, val, test, diverged(self.variants[0]), tuple(rows))

@@ -16,7 +16,9 @@ class Row:
     Attributes:
         level: its round, None for a ticket file.
         sparsity: fraction of the prunable weights that are pruned.
+        kept: prunable weights that are left.
         pretrained: True if it starts from the weights of the dense network, θ = θ_p, by their hash.
+        diverged: how many of its trainings did; they count with the metric of what they left.
         val, test: its metric on validation and on test images, over the seeds.
         matching_val, matching_test: whether it matches the dense network on them.
     """
@@ -24,7 +26,9 @@ class Row:
     control: str | None
     level: int | None
     sparsity: float
+    kept: int
     pretrained: bool
+    diverged: int
     val: Sample
     test: Sample
     matching_val: Verdict
@@ -43,13 +47,14 @@ class Row:
 
 @dataclass(frozen=True)
 class TaskReport:
-    """All trainings on one task; `recipe` is how they were done, `val` and `test` are the dense network's metrics."""
+    """All trainings on one task; `recipe` is how they were done, `val`, `test` and `diverged` are the dense network's."""
 
     task: str
     metric: str
     recipe: dict[str, Any]
     val: Sample
     test: Sample
+    diverged: int
     rows: tuple[Row, ...]
 
     @property
@@ -71,7 +76,7 @@ class TaskReport:
             "task": self.task,
             "metric": self.metric,
             "recipe": self.recipe,
-            "dense": {"val": self.val.to_dict(), "test": self.test.to_dict()},
+            "dense": {"val": self.val.to_dict(), "test": self.test.to_dict(), "diverged": self.diverged},
             "rows": [self._row_dict(row) for row in self.rows],
             "highest": {rule: _highest_dict(self.highest(rule), self) for rule in RULES},
         }
@@ -81,7 +86,9 @@ class TaskReport:
             "control": row.control,
             "level": row.level,
             "sparsity": row.sparsity,
+            "kept": row.kept,
             "pretrained_weights": row.pretrained,
+            "diverged": row.diverged,
             "val": row.val.to_dict(),
             "test": row.test.to_dict(),
             "difference": row.test.mean - self.test.mean,

@@ -92,6 +92,8 @@ def _notes(report: Report) -> list[str]:
     notes = []
     if len(report.seeds) == 1:
         notes.append("one seed has no standard deviation: the one-sd rule is unknown; give --seeds 3")
+    if lost := sum(task.diverged + sum(row.diverged for row in task.rows) for task in report.tasks):
+        notes.append(f"{lost} trainings diverged; they count with what they left")
     if not any(row.pretrained for row in rows):
         notes.append("no ticket here starts from the dense network's weights, so none can be winning")
     return [*notes, f"trainings: {report.store}"]

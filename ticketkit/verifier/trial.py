@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from ticketkit.search import setup
 from ticketkit.search.progress import Progress
 from ticketkit.search.rundir import FREE, Arrays, RunDir
 from ticketkit.search.sitting import ends_epoch, sit
-from ticketkit.search.train import Settings, Training
+from ticketkit.search.train import DivergedError, Settings, Training
 from ticketkit.tasks import Batches, Data, Split, Task
 from ticketkit.ticket import Ticket, canonical, write_atomic
 from ticketkit.verifier.origin import Origin, Variant
@@ -55,13 +55,17 @@ class Subject:
 
 @dataclass(frozen=True)
 class Result:
-    """Metrics of one finished training, fractions in [0, 1], of the weights of one `step`, which have that sha256."""
+    """Metrics of one finished training, fractions in [0, 1], of the weights of one `step`, which have that sha256.
+
+    One that diverged is finished, too, with the metrics of what it left.
+    """
 
     val: float
     test: float
     step: int
     weights_sha256: str
     seconds: float
+    diverged: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,10 @@ class Trial:
 
     @cached_property
     def key(self) -> str:
-        """Name of the training in the store."""
-        return hashlib.sha256(canonical({key: value for key, value in self.config().items() if key not in FREE}).encode()).hexdigest()
+        """Name of the training in the store. What is as it was before there was an option for it is left out: old results stay good."""
+        usual = {field.name: field.default for field in fields(Settings) if field.default is not MISSING}
+        decides = {key: value for key, value in self.config().items() if key not in FREE and (key not in usual or value != usual[key])}
+        return hashlib.sha256(canonical(decides).encode()).hexdigest()
 
     @property
     def run(self) -> RunDir:
@@ -114,6 +120,7 @@ class Trial:
                 step=int(values["step"]),
                 weights_sha256=str(values["weights_sha256"]),
                 seconds=float(values["seconds"]),
+                diverged=bool(values.get("diverged", False)),
             )
             if not (0.0 <= found.val <= 1.0 and 0.0 <= found.test <= 1.0):
                 raise ValueError(f"val {found.val}, test {found.test}")
@@ -161,14 +168,16 @@ class Trial:
         run = self.run
         with setup.torch_threads(threads, run), run.claim(self.config()):
             if finished := self.result():
+                (run.path / "state.safetensors").unlink(missing_ok=True)  # left by a kill at the very end
                 return finished  # by another process, meanwhile
             module, masks, _ = self.begin()
             selection = Selection(self, module)
             try:
-                seconds = self._sit(module, masks, selection, every, progress)
-            except ModelError as error:
-                raise ModelError(f"{self}: {error}") from None
-            result = selection.measure(seconds)
+                seconds, diverged = self._sit(module, masks, selection, every, progress), False
+            except DivergedError as error:  # a result like others: what a control deserves, and what one seed in many may do
+                progress.say(f"{self}: {error}")
+                seconds, diverged = error.seconds, True
+            result = selection.measure(seconds, diverged)
             write_atomic(run.path / "result.json", (json.dumps(asdict(result), indent=2) + "\n").encode())
             (run.path / "state.safetensors").unlink(missing_ok=True)
         return result
@@ -203,12 +212,12 @@ class Selection:
         if self.trial.subject.select == "best" and (score := self._metric(self.trial.subject.data.val)) > self.score:
             self.step, self.score, self._best = step, score, models.arrays(self.module)
 
-    def measure(self, seconds: float) -> Result:
+    def measure(self, seconds: float, diverged: bool) -> Result:
         """Of the chosen weights, at the end of a training that took `seconds`."""
         if self._best:
             models.assign(self.module, self._best)
         val, test = (self._metric(split) for split in (self.trial.subject.data.val, self.trial.subject.data.test))
-        return Result(val, test, self.step, models.state_sha256(models.arrays(self.module)), round(seconds, 1))
+        return Result(val, test, self.step, models.state_sha256(models.arrays(self.module)), round(seconds, 1), diverged)
 
     def state(self) -> Arrays:
         """What a resumed training must know of the choice so far."""
