@@ -33,8 +33,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 ROWS = RESULTS / "lottery.jsonl"
 SHORT: dict[str, dict[str, Any]] = {  # schedules, said with every result
     "cifar10": {"steps": 140, "batch_size": 128, "lr": 0.02, "schedule": "cosine"},
-    "cifar100": {"steps": 140, "batch_size": 128, "lr": 0.05, "schedule": "cosine"},
-    "fashion-mnist": {"steps": 80, "batch_size": 128, "lr": 0.05, "schedule": "cosine"},
+    "cifar100": {"steps": 100, "batch_size": 128, "lr": 0.05, "schedule": "cosine"},
+    "fashion-mnist": {"steps": 60, "batch_size": 128, "lr": 0.05, "schedule": "cosine"},
     "digits": {"steps": 120, "batch_size": 64, "lr": 0.05, "schedule": "cosine"},
 }
 FACTS = ("model", "task", "objective", "method", "rewind", "rate", "steps", "batch_size", "lr", "schedule", "weights_sha256", "seed")
