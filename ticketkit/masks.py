@@ -30,6 +30,16 @@ def full(weights: Mapping[str, NDArray[Any]]) -> dict[str, Mask]:
     return {name: np.ones(weight.shape, np.bool_) for name, weight in weights.items()}
 
 
+def pack(mask: Mask) -> NDArray[np.uint8]:
+    """Eight weights to a byte, [ceil(n / 8)]: position i (C order) is bit i % 8, counted from the least significant, of byte i // 8."""
+    return np.packbits(mask.reshape(-1), bitorder="little")
+
+
+def unpack(bits: NDArray[np.uint8], shape: tuple[int, ...]) -> Mask:
+    """The mask of that shape that `pack` packed; bits past its end are not looked at."""
+    return np.unpackbits(bits, bitorder="little", count=prod(shape)).astype(np.bool_).reshape(shape)
+
+
 def sparsity(masks: Masks) -> float:
     """Fraction of the masked weights that are pruned; 0.0 for no weights at all."""
     total = sum(mask.size for mask in masks.values())

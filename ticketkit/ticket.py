@@ -41,7 +41,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
 from ticketkit.errors import TicketError
-from ticketkit.masks import Mask, Masks, layer_sparsity, sparsity
+from ticketkit.masks import Mask, Masks, layer_sparsity, pack, sparsity, unpack
 
 KEY = "ticketkit.ticket"
 FORMAT = 1
@@ -282,17 +282,16 @@ def _umask() -> int:
 
 
 def _packed(masks: Masks) -> dict[str, Array]:
-    return {f"{name}.mask": np.packbits(mask.reshape(-1), bitorder="little") for name, mask in masks.items()}
+    return {f"{name}.mask": pack(mask) for name, mask in masks.items()}
 
 
 def _unpack(path: object, name: str, shape: list[int], bits: Array | None) -> Mask:
     size = int(np.prod(shape))
     if bits is None or bits.dtype != np.uint8 or bits.shape != ((size + 7) // 8,):
         raise TicketError(f"{path}: {name}.mask: expected {(size + 7) // 8} bytes of mask for shape {shape}, got {bits}")
-    flat = np.unpackbits(bits, bitorder="little")
-    if flat[size:].any():
+    if np.unpackbits(bits, bitorder="little")[size:].any():
         raise TicketError(f"{path}: {name}.mask: bits are set past the end of the mask")
-    return flat[:size].astype(np.bool_).reshape(shape)
+    return unpack(bits, tuple(shape))
 
 
 def _zeros_as_masks(weights: Mapping[str, Array], names: Iterable[str] | None) -> dict[str, Mask]:

@@ -25,6 +25,21 @@ def need(holds: bool, option: str, expected: str, got: float) -> None:
         raise TicketError(f"--{option.replace('_', '-')}: expected {expected}, got {got}; choose another value")
 
 
+class Stateless:
+    """The part of an `Objective` that has no state of its own."""
+
+    def begin(self, network: nn.Module) -> nn.Module:
+        """Nothing beside the network."""
+        return nn.Module()
+
+    def twins(self, state: nn.Module) -> Sequence[nn.Module]:
+        """None."""
+        return ()
+
+    def after_step(self, network: nn.Module, state: nn.Module) -> None:
+        """Nothing to do."""
+
+
 class Objective(Protocol):
     """A loss and everything it needs; its dataclass fields are the options of a run.
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from ticketkit.tasks import Task
+from ticketkit.tasks import Params, Task
 
 AREA = (0.2, 1.0)  # of the image; MoCo's range, for SimCLR too, whose own begins at 0.08
 RATIO = (3 / 4, 4 / 3)  # width to height
@@ -21,8 +21,6 @@ SIGMA = (0.1, 2.0)  # of the blur, pixels
 BLUR_FROM = 64  # height in pixels of the smallest images that are blurred; SimCLR leaves CIFAR's sharp (B.9)
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, rounded as in torchvision
 AT_ONCE = 64 * 32 * 32  # pixels of each view rendered together, so that what is between stays in the cache
-
-Draw = Mapping[str, NDArray[Any]]
 
 
 class TwoViews:
@@ -73,7 +71,7 @@ class TwoViews:
             "sigma": np.where(blurred & (self.task.size >= BLUR_FROM), sigma, np.float32(0)),
         }
 
-    def render(self, images: NDArray[np.uint8], params: Draw) -> tuple[Tensor, Tensor]:
+    def render(self, images: NDArray[np.uint8], params: Params) -> tuple[Tensor, Tensor]:
         """Images uint8 [B, H, W, 3] and their B rows of a draw -> both views, each as `ticketkit.tasks.Views` says."""
         size, mean, std = self.task.size, torch.tensor(self.task.mean), torch.tensor(self.task.std)
         both = torch.empty((2, len(images), size, size, 3))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ticketkit import models
-from ticketkit.pretrain._objective import Gather, Objective, need, same
+from ticketkit.pretrain._objective import Gather, Objective, Stateless, need, same
 from ticketkit.pretrain._retrieval import evaluate, nt_xent
 from ticketkit.pretrain._views import BLUR_FROM, TwoViews
 from ticketkit.tasks import Split, Task
 
 
 @dataclass(frozen=True)
-class SimCLR:
+class SimCLR(Stateless):
     """NT-Xent on the output of a projection head with one hidden layer; both views of a batch go through the network as one.
 
     Attributes:
@@ -53,14 +52,6 @@ class SimCLR:
         usual = 0.5 if task.size < BLUR_FROM else 1.0
         return TwoViews(task, usual if self.strength is None else self.strength)
 
-    def begin(self, network: nn.Module) -> nn.Module:
-        """Nothing beside the network."""
-        return nn.Module()
-
-    def twins(self, state: nn.Module) -> Sequence[nn.Module]:
-        """None."""
-        return ()
-
     def loss(
         self, network: nn.Module, state: nn.Module, views: tuple[Tensor, ...], labels: Tensor, gather: Gather = same
     ) -> tuple[Tensor, Tensor]:
@@ -71,9 +62,6 @@ class SimCLR:
         first, second = (gather(part) for part in network(torch.cat(views)).chunk(2))
         loss, right = nt_xent(first, second, self.temperature)
         return loss, right * len(views[0]) / len(first)
-
-    def after_step(self, network: nn.Module, state: nn.Module) -> None:
-        """Nothing to do."""
 
     def evaluate(self, network: nn.Module, task: Task, split: Split, num_classes: int) -> tuple[float, float]:
         """Top-1 retrieval accuracy (P1, A.2) and mean NT-Xent, see `ticketkit.pretrain._retrieval.evaluate`."""

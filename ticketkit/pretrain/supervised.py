@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,12 +11,12 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
 from ticketkit import models
-from ticketkit.pretrain._objective import Gather, Objective, same
+from ticketkit.pretrain._objective import Gather, Objective, Stateless, same
 from ticketkit.tasks import Crops, Split, Task, evaluation_batches
 
 
 @dataclass(frozen=True)
-class Supervised:
+class Supervised(Stateless):
     """Cross-entropy on the task's classes."""
 
     name: ClassVar[str] = "supervised"
@@ -32,23 +31,12 @@ class Supervised:
         """One view: a random crop of the padded image, mirrored by chance."""
         return Crops(task)
 
-    def begin(self, network: nn.Module) -> nn.Module:
-        """Nothing to keep."""
-        return nn.Module()
-
-    def twins(self, state: nn.Module) -> Sequence[nn.Module]:
-        """None."""
-        return ()
-
     def loss(
         self, network: nn.Module, state: nn.Module, views: tuple[Tensor, ...], labels: Tensor, gather: Gather = same
     ) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy, and how many images are classified rightly; one view float32 [N, 3, H, W], labels int64 [N]."""
         logits: Tensor = network(views[0])
         return F.cross_entropy(logits, labels), (logits.detach().argmax(1) == labels).sum()
-
-    def after_step(self, network: nn.Module, state: nn.Module) -> None:
-        """Nothing follows."""
 
     def evaluate(self, network: nn.Module, task: Task, split: Split, num_classes: int) -> tuple[float, float]:
         """(top-1 accuracy, mean cross-entropy) over the centre of every image; the accuracy over all images, not a mean over classes."""

@@ -19,9 +19,11 @@ from torch import nn
 from ticketkit import masks as algebra
 from ticketkit import models, tasks
 from ticketkit.errors import TicketError
+from ticketkit.pretrain import Objective
 from ticketkit.search import logs, methods, setup
 from ticketkit.search import rewind as points
 from ticketkit.search.loop import Search
+from ticketkit.search.methods import Method
 from ticketkit.search.progress import Progress
 from ticketkit.search.ranks import Machine, Ranks
 from ticketkit.search.rundir import Row, RunDir
@@ -116,13 +118,8 @@ def find(
     """
     chosen, how, block = tasks.get(task), methods.get(method), algebra.parse_block(granularity)
     goal = setup.objective(objective, temperature=temperature, strength=strength, queue=queue, key_momentum=key_momentum)
-    if accumulate > 1 and goal.whole:
-        raise TicketError(f"--accumulate: {objective} compares the images of a whole batch; expected 1, got {accumulate}")
     levels, named = setup.levels(how, rounds, sparsity, rate), recipe(changes.get("recipe"), chosen).name
-    if rewind in points.POINTS and rewind not in how.rewinds:
-        raise TicketError(f"--rewind: method {method} prunes while it trains; expected {' or '.join(how.rewinds)}, got {rewind}")
-    if not checkpoint_seconds >= 0.0:  # "not >=": NaN too
-        raise TicketError(f"--checkpoint-seconds: expected 0 or more, got {checkpoint_seconds:g}")
+    _check(goal, how, rewind, accumulate, checkpoint_seconds)
     logs.check(log)
     model = model or chosen.model
     run = RunDir(out if out is not None else Path("runs") / f"{task}-{model}-seed{seed}")
@@ -156,6 +153,16 @@ def find(
         search.iterate(start.pretrained)
         there, rows = ranks.from_first(lambda: (run.config(), run.rows()))
     return RunResult(run.path, there, rows[: len(levels)], ranks.first)
+
+
+def _check(goal: Objective, how: Method, rewind: str, accumulate: int, checkpoint_seconds: float) -> None:
+    """Refuse options that make no sense together."""
+    if accumulate > 1 and goal.whole:
+        raise TicketError(f"--accumulate: {goal.name} compares the images of a whole batch; expected 1, got {accumulate}")
+    if rewind in points.POINTS and rewind not in how.rewinds:
+        raise TicketError(f"--rewind: method {how.name} prunes while it trains; expected {' or '.join(how.rewinds)}, got {rewind}")
+    if not checkpoint_seconds >= 0.0:  # "not >=": NaN too
+        raise TicketError(f"--checkpoint-seconds: expected 0 or more, got {checkpoint_seconds:g}")
 
 
 def load_round(path: str | os.PathLike[str], round: int | None = None) -> tuple[nn.Module, dict[str, Any], Ticket]:

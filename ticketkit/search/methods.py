@@ -37,12 +37,34 @@ class Method(Protocol):
         """The changes of masks within a round of that sparsity and that many steps."""
 
 
+class BeforeTraining:
+    """The part of a `Method` that prunes between two rounds."""
+
+    rewinds: ClassVar[tuple[str, ...]] = ("pretrained", "init", "early", "lr")
+
+    def due(self, level: float, steps: int) -> Due:
+        """No change within a round."""
+        return unchanged
+
+
+class WhileTraining:
+    """The part of a `Method` that prunes within a round, which starts dense."""
+
+    rewinds: ClassVar[tuple[str, ...]] = ("pretrained", "init")
+
+    def source(self, round: int) -> None:
+        """No round before it matters."""
+
+    def masks(self, trained: Arrays, masks: Masks, rate: float, level: float, block: algebra.Block) -> Masks:
+        """Full."""
+        return algebra.full(masks)
+
+
 @dataclass(frozen=True)
-class IMP:
+class IMP(BeforeTraining):
     """P1, Algorithm 1: round k prunes a fixed fraction of what round k - 1 left, by the magnitudes it trained."""
 
     name: ClassVar[str] = "imp"
-    rewinds: ClassVar[tuple[str, ...]] = ("pretrained", "init", "early", "lr")
 
     def source(self, round: int) -> int:
         """The round before."""
@@ -52,17 +74,12 @@ class IMP:
         """`rate` of the remaining weights pruned."""
         return algebra.global_magnitude(trained, masks, rate, block)
 
-    def due(self, level: float, steps: int) -> Due:
-        """No change."""
-        return unchanged
-
 
 @dataclass(frozen=True)
-class OneShot:
+class OneShot(BeforeTraining):
     """Every level straight from the dense network's trained magnitudes."""
 
     name: ClassVar[str] = "oneshot"
-    rewinds: ClassVar[tuple[str, ...]] = ("pretrained", "init", "early", "lr")
 
     def source(self, round: int) -> int:
         """The dense reference."""
@@ -72,13 +89,9 @@ class OneShot:
         """Pruned to the level at once."""
         return algebra.global_magnitude(trained, masks, level, block)
 
-    def due(self, level: float, steps: int) -> Due:
-        """No change."""
-        return unchanged
-
 
 @dataclass(frozen=True)
-class GMP:
+class GMP(WhileTraining):
     """Zhu and Gupta 2017, equation 1: s_t = s (1 - (1 - (t - t_0) / (t_1 - t_0))^3), nested masks.
 
     Attributes:
@@ -87,17 +100,9 @@ class GMP:
     """
 
     name: ClassVar[str] = "gmp"
-    rewinds: ClassVar[tuple[str, ...]] = ("pretrained", "init")
     begin: float = 0.1
     end: float = 0.7
     times: int = 30
-
-    def source(self, round: int) -> None:
-        """The masks start full."""
-
-    def masks(self, trained: Arrays, masks: Masks, rate: float, level: float, block: algebra.Block) -> Masks:
-        """Full."""
-        return algebra.full(masks)
 
     def due(self, level: float, steps: int) -> Due:
         """`times` changes at equal distances, the last at `end`; fewer where there are fewer steps."""
@@ -110,7 +115,7 @@ class GMP:
 
 
 @dataclass(frozen=True)
-class ACDC:
+class ACDC(WhileTraining):
     """Peste et al. 2021, algorithm 1: dense warm-up, then phases of the whole network under a fresh top-k mask and without one.
 
     After a decompression the pruned weights grow again from zero, and the momentum of all weights starts again from zero, as in the
@@ -124,17 +129,9 @@ class ACDC:
     """
 
     name: ClassVar[str] = "acdc"
-    rewinds: ClassVar[tuple[str, ...]] = ("pretrained", "init")
     warmup: float = 0.1
     phase: float = 0.05
     last: float = 0.85
-
-    def source(self, round: int) -> None:
-        """The masks start full."""
-
-    def masks(self, trained: Arrays, masks: Masks, rate: float, level: float, block: algebra.Block) -> Masks:
-        """Full."""
-        return algebra.full(masks)
 
     def due(self, level: float, steps: int) -> Due:
         """Compressed at warmup and decompressed a phase later, as often as a phase or more is left before `last`; then compressed."""

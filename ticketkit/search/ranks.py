@@ -16,7 +16,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.utilities.exceptions import MisconfigurationException
@@ -29,6 +28,7 @@ from ticketkit.errors import TicketError, TicketkitError
 from ticketkit.masks import Masks
 from ticketkit.quiet import quiet
 from ticketkit.search.syncbn import synchronised
+from ticketkit.ticket import Ticket
 
 PRECISIONS = ("32-true", "bf16-mixed")
 STRATEGIES = ("auto", "ddp")
@@ -150,11 +150,7 @@ class Ranks:
         masks: dict[str, Any] = self.from_first(lambda: dict(decide()))
         if self.count == 1:
             return masks
-        digest = hashlib.sha256()
-        for name, mask in masks.items():
-            digest.update(f"{name}{mask.shape}".encode())
-            digest.update(np.packbits(mask).tobytes())
-        self.same(digest.hexdigest(), "the masks")
+        self.same(Ticket(masks).mask_sha256, "the masks")
         return masks
 
     def same(self, value: str, name: str) -> None:

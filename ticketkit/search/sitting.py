@@ -57,6 +57,7 @@ def sit(
     began = saved = time.monotonic()
 
     def after_step(now: Training) -> None:
+        """Shows the step, saves what is due; KeyboardInterrupt if asked to stop."""
         nonlocal saved
         look(now)
         late = ranks.first and time.monotonic() - saved >= every

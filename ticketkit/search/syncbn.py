@@ -32,6 +32,10 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):  # type: ignore[misc]
     """BatchNorm2d whose training statistics are those of all ranks together; parameters, buffers and names are unchanged."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] of this rank -> the same shape and dtype, normalised by mean and variance over N, H, W of all ranks' batches.
+
+        Statistics are float32, float64 for float64; in evaluation mode the running ones are used (Ioffe and Szegedy 2015, algorithm 1).
+        """
         if not self.training:
             return super().forward(x)
         count = x.numel() // x.shape[1] * dist.get_world_size()

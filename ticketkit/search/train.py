@@ -239,7 +239,7 @@ class Training:
         momentum = {f"momentum/{name}": buffer.cpu().contiguous().numpy() for name, buffer in self._momenta().items()}
         module = {f"module/{name}": array for name, array in models.arrays(self.module).items()}
         own = {f"objective/{name}": array for name, array in models.arrays(self.own).items()}
-        masks = {f"mask/{name}": np.packbits(mask.reshape(-1), bitorder="little") for name, mask in self.masks.items()}
+        masks = {f"mask/{name}": algebra.pack(mask) for name, mask in self.masks.items()}
         position = np.array([self.round, self.step], np.int64)
         return {**module, **momentum, **own, **masks, "rng": torch.get_rng_state().numpy(), "position": position}
 
@@ -249,7 +249,7 @@ class Training:
         part = _parts(state)
         if part["mask"].keys() != self.masks.keys():
             raise ModelError(f"expected masks of {len(self.masks)} layers, got {len(part['mask'])}")
-        self._set_masks({name: _unpacked(part["mask"][name], mask.shape) for name, mask in self.masks.items()})
+        self._set_masks({name: algebra.unpack(part["mask"][name], mask.shape) for name, mask in self.masks.items()})
         self.restore(state)
         torch.set_rng_state(torch.from_numpy(part["rng"][""].copy()))
         self.step = int(part["position"][""][1])
@@ -291,8 +291,3 @@ def _parts(state: State) -> dict[str, dict[str, NDArray[Any]]]:
         kind, _, name = key.partition("/")
         part[kind][name] = array
     return part
-
-
-def _unpacked(bits: NDArray[Any], shape: tuple[int, ...]) -> algebra.Mask:
-    flat = np.unpackbits(bits, bitorder="little", count=math.prod(shape))
-    return flat.astype(np.bool_).reshape(shape)
