@@ -37,7 +37,8 @@ SHORT: dict[str, dict[str, Any]] = {  # schedules, said with every result
     "fashion-mnist": {"steps": 60, "batch_size": 128, "lr": 0.05, "schedule": "cosine"},
     "digits": {"steps": 120, "batch_size": 64, "lr": 0.05, "schedule": "cosine"},
 }
-FACTS = ("model", "task", "objective", "method", "rewind", "rate", "steps", "batch_size", "lr", "schedule", "weights_sha256", "seed")
+FACTS = ("model", "task", "objective", "objective_options", "method", "rewind", "rate", "epochs", "steps", "batch_size", "lr", "schedule")
+FACTS += ("weights_sha256", "seed")
 
 
 def rows(run: Path, chosen: argparse.Namespace) -> list[dict[str, Any]]:
@@ -45,7 +46,7 @@ def rows(run: Path, chosen: argparse.Namespace) -> list[dict[str, Any]]:
     config = {"method": "imp", **RunDir(run).config()}
     common = {
         "run": run.name,
-        "found_on": {key: config[key] for key in FACTS},
+        "found_on": {key: config[key] for key in FACTS if key in config},
         "seeds": chosen.seeds,
         "mode": chosen.mode,
         "start": chosen.start,
@@ -112,12 +113,13 @@ def page(found: list[dict[str, Any]]) -> str:
     lines += [f"| {name} | {', '.join(names)} | {' | '.join(levels)} |" for name, names, levels in universal(found)]
     for row in found:
         lines += ["", f"## {_name(row)} → {row['task']}", "", f"{_schedule(row)}; dense {_mean(row['dense']['test'])}.", ""]
-        lines += ["| | sparsity | test | to dense | one sd | strict |", "|---|---|---|---|---|---|"]
+        lines += ["| | sparsity | weights left | test | to dense | one sd | strict |", "|---|---|---|---|---|---|---|"]
         for each in row["rows"]:
             verdicts = (each["matching"]["test"][rule] for rule in RULES)
             words = " | ".join({True: "matching", False: "no", None: "?"}[verdict] for verdict in verdicts)
             name = each["control"] or "ticket"
-            lines.append(f"| {name} | {each['sparsity']:.2%} | {_mean(each['test'])} | {100 * each['difference']:+.2f} | {words} |")
+            size = f"{each['sparsity']:.2%} | {each['kept']:,}"
+            lines.append(f"| {name} | {size} | {_mean(each['test'])} | {100 * each['difference']:+.2f} | {words} |")
     return "\n".join(lines) + "\n"
 
 
@@ -142,6 +144,8 @@ def _name(row: dict[str, Any]) -> str:
     origin = row["found_on"]
     usual = {row["mode"]: "full", row["start"]: "rewound", origin["rewind"]: "pretrained", origin["method"]: "imp"}
     ways = [way for way, common in usual.items() if way != common]
+    temperature = origin.get("objective_options", {}).get("temperature")
+    ways += [f"temperature {temperature}"] if temperature else []
     return ", ".join([f"{origin['model']} {origin['objective']} on {origin['task']}", *ways])
 
 

@@ -29,7 +29,8 @@ def sample(mean: float, sd: float | None) -> dict[str, Any]:
 def row(sparsity: float, mean: float, control: str | None = None, matching: bool = False) -> dict[str, Any]:
     answers = {"one_sd": matching, "strict": False}
     verdicts = {"val": answers, "test": answers}
-    return {"control": control, "sparsity": sparsity, "test": sample(mean, 0.001), "difference": mean - 0.9, "matching": verdicts}
+    facts = {"control": control, "sparsity": sparsity, "kept": round(1000 * (1 - sparsity)), "matching": verdicts}
+    return {**facts, "test": sample(mean, 0.001), "difference": mean - 0.9}
 
 
 def found(**changes: Any) -> dict[str, Any]:
@@ -45,9 +46,14 @@ def found(**changes: Any) -> dict[str, Any]:
 def test_page_names_levels_verdicts_and_controls() -> None:
     text = lottery.page([found(), found(run="c", rows=[row(0.36, 0.5, "random")])])
     assert "| resnet20 moco on cifar10 | digits | 3 | 90.00 ± 0.20 | 20.00 | none | none |" in text
-    assert "| ticket | 20.00% | 89.95 ± 0.10 | -0.05 | matching | no |" in text
-    assert "| random | 36.00% | 50.00 ± 0.10 | -40.00 | no | no |" in text
+    assert "| ticket | 20.00% | 800 | 89.95 ± 0.10 | -0.05 | matching | no |" in text
+    assert "| random | 36.00% | 640 | 50.00 ± 0.10 | -40.00 | no | no |" in text
     assert "steps 7; dense 90.00 ± 0.20." in text and text.count("| resnet20 moco on cifar10 |") == 1, "controls have no highest level"
+
+
+def test_temperatures_are_told_apart() -> None:
+    hot = found(run="hot", found_on={**found()["found_on"], "objective_options": {"temperature": 0.5}})
+    assert "| resnet20 moco on cifar10, temperature 0.5 | digits | 3 |" in lottery.page([found(), hot])
 
 
 def test_universal_level_matches_on_every_task() -> None:
