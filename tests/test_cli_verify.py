@@ -119,6 +119,8 @@ def test_bad_words(
         (".", [], "no pruned round is finished"),
         ("round_01/weights.safetensors", [], "a safetensors file but no ticket"),
         ("round_01/ticket.safetensors", ["--levels", "all"], "a ticket file is one level"),
+        ("round_01/ticket.safetensors@1", [], "a ticket file is one level"),
+        ("round_01@1", ["--levels", "1"], "@1 and --levels both choose rounds"),
         ("round_01/ticket.safetensors", ["--start", "trained"], "--start trained needs the run directory"),
         ("masks.safetensors", [], "this ticket holds masks but no weights"),
         ("nameless.safetensors", [], "does not say of which network it is"),

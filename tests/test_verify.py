@@ -90,6 +90,7 @@ def test_reinit_starts_from_the_random_weights_of_the_seed(small_run: Path, tmp_
 def test_all_levels_are_the_pruned_rounds(small_run: Path, tmp_path: Path) -> None:
     assert [variant.level for variant in planned(small_run, levels="all", out=tmp_path).variants] == [None, 1, 2]
     assert [variant.level for variant in planned(small_run, levels=[2, 1, 2], out=tmp_path).variants] == [None, 1, 2]
+    assert [variant.level for variant in planned(f"{small_run}@1", out=tmp_path).variants] == [None, 1]
     assert [variant.level for variant in planned(small_run, out=tmp_path).variants] == [None, 2]
 
 

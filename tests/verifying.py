@@ -37,7 +37,7 @@ class Count(Progress):
         self.lines.append(line)
 
 
-def planned(run: Path, *names: str, **options: Any) -> Plan:
+def planned(run: Path | str, *names: str, **options: Any) -> Plan:
     """The plan of a call, nothing trained."""
 
     class Planned(Exception):

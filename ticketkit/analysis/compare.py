@@ -7,13 +7,12 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from ticketkit import masks as algebra
 from ticketkit.errors import TicketError
 from ticketkit.masks import Masks
-from ticketkit.search.rundir import RunDir
+from ticketkit.search.rundir import RunDir, named
 from ticketkit.ticket import Ticket
 
 Source: TypeAlias = "str | os.PathLike[str] | Ticket"
@@ -180,7 +179,7 @@ def _read(source: Source, round: int | None) -> tuple[str, Ticket]:
     if isinstance(source, Ticket):
         path, chosen, name = None, round, f"ticket {source.mask_sha256[:12]}"
     else:
-        path, at = _split(os.fspath(source))
+        path, at = named(source)
         chosen, name = round if at is None else at, str(path)
         if path.is_dir():
             run = RunDir(path)
@@ -191,11 +190,3 @@ def _read(source: Source, round: int | None) -> tuple[str, Ticket]:
     if chosen is not None:
         raise TicketError(f"{name}: --round and @{chosen} choose a round of a run directory, this is a ticket; leave them out")
     return name, source if isinstance(source, Ticket) else Ticket.load(name)
-
-
-def _split(source: str) -> tuple[Path, int | None]:
-    """(path, round) of PATH or PATH@K; what is there under the whole name is a path."""
-    path, sign, round = source.rpartition("@")
-    if sign and round.isdecimal() and not Path(source).exists():
-        return Path(path), int(round)
-    return Path(source), None

@@ -93,7 +93,7 @@ def find(
 
 
 @click.command()
-@click.argument("ticket", metavar="RUN_DIR|TICKET")
+@click.argument("ticket", metavar="TICKET|RUN[@K]")
 @click.option("--task", "tasks", multiple=True, metavar="NAME", help="To train on; repeat it.  [default: where the ticket was found]")
 @click.option("--seeds", type=int, default=3, show_default=True, metavar="N", help="Runs of each training, with seeds 0 to N-1.")
 @click.option("--levels", metavar="K,K|all", callback=_options.levels, help="Rounds of the run directory, or all.  [default: the last]")
@@ -112,7 +112,8 @@ def find(
 def verify(ticket: str, as_json: bool, **options: Any) -> None:
     """Does the ticket match the dense network? Train both alike, over several seeds, on one or more tasks.
 
-    TICKET is a ticket file with weights or the run directory of `ticketkit find`. Every training starts with a new head.
+    Given is a ticket file with weights or the run directory of `ticketkit find`; RUN@K is its round K, as is --levels K.
+    Every training starts with a new head.
     Trainings are kept by content: the same command goes on where it was stopped, even by kill -9, and other calls reuse
     what they share. What is chosen is chosen on validation images; test images are measured once a training.
 

@@ -238,6 +238,14 @@ class RunDir:
         return value
 
 
+def named(source: str | os.PathLike[str]) -> tuple[Path, int | None]:
+    """(path, round) of PATH or PATH@K; what is there under the whole name is a path."""
+    path, sign, round = os.fspath(source).rpartition("@")
+    if sign and round.isdecimal() and not Path(source).exists():
+        return Path(path), int(round)
+    return Path(source), None
+
+
 def _lock(file: IO[str], path: Path) -> None:
     """Released by the system when the file is closed, also by kill -9. Windows has no such lock and goes without."""
     if sys.platform != "win32":

@@ -58,7 +58,7 @@ def verify(
     also after kill -9, and other calls reuse what they share, such as the dense runs.
 
     Args:
-        ticket: a ticket file with weights, or the run directory of `find`.
+        ticket: a ticket file with weights, or the run directory of `find`; RUN@K is its round K.
         tasks: of `ticketkit.tasks.names()`; default: the task that the ticket was found on.
         seeds: how many; they are 0, 1, 2, …
         levels: rounds of the run directory, or "all"; default: the last.

@@ -23,7 +23,7 @@ from ticketkit import masks as algebra
 from ticketkit import models
 from ticketkit.errors import TicketError
 from ticketkit.masks import Masks
-from ticketkit.search.rundir import Arrays, RunDir
+from ticketkit.search.rundir import Arrays, RunDir, named
 from ticketkit.ticket import Ticket, read_safetensors
 
 CONTROLS = ("random", "shuffled", "complement", "perturb=P", "reinit")
@@ -45,17 +45,20 @@ class Variant:
 
 
 class Origin:
-    """A ticket file or the run directory of `find`, and the levels of it that are asked for."""
+    """A ticket file or the run directory of `find`, and the levels of it that are asked for; RUN@K is level K."""
 
     def __init__(
         self, path: str | os.PathLike[str], levels: Sequence[int] | str | None, start: str, dense_weights: str | os.PathLike[str] | None
     ) -> None:
         if start not in STARTS:
             raise TicketError(f"--start: expected one of {', '.join(STARTS)}, got {start!r}")
-        self.path, self.start = Path(path), start
+        (self.path, at), self.start = named(path), start
         if not self.path.exists():
-            raise TicketError(f"{path}: no such file or folder; expected a ticket file or the run directory of `ticketkit find`")
-        self.run = RunDir(path) if self.path.is_dir() else None
+            raise TicketError(f"{self.path}: no such file or folder; expected a ticket file or the run directory of `ticketkit find`")
+        if at is not None and levels is not None:
+            raise TicketError(f"{path}: @{at} and --levels both choose rounds; leave one out")
+        self.run = RunDir(self.path) if self.path.is_dir() else None
+        levels = levels if at is None else [at]
         self.levels = _file_levels(self.path, levels, start) if self.run is None else _run_levels(self.run, levels)
         self._round = lru_cache(maxsize=1)(self._read)
         meta = self.ticket(self.levels[0]).meta
@@ -152,7 +155,7 @@ def check_control(control: str, start: str) -> str:
 
 def _file_levels(path: Path, levels: Sequence[int] | str | None, start: str) -> list[int | None]:
     if levels is not None:
-        raise TicketError(f"{path}: a ticket file is one level; --levels needs the run directory of `ticketkit find`")
+        raise TicketError(f"{path}: a ticket file is one level; --levels and @K need the run directory of `ticketkit find`")
     if start == "trained":
         raise TicketError(f"{path}: a ticket file has no trained weights; --start trained needs the run directory of `ticketkit find`")
     return [None]
