@@ -110,7 +110,8 @@ def page(found: list[dict[str, Any]]) -> str:
     lines += ["| found on | tasks | by one sd | strict |", "|---|---|---|---|"]
     lines += [f"| {name} | {', '.join(names)} | {' | '.join(levels)} |" for name, names, levels in universal(found)]
     for row in found:
-        lines += ["", f"## {_name(row)} → {row['task']}", "", f"{_schedule(row)}; dense {_mean(row['dense']['test'])}.", ""]
+        controls = ", controls" if _controls(row) else ""
+        lines += ["", f"## {_name(row)} → {row['task']}{controls}", "", f"{_schedule(row)}; dense {_mean(row['dense']['test'])}.", ""]
         lines += ["| | sparsity | weights left | test | to dense | one sd | strict |", "|---|---|---|---|---|---|---|"]
         for each in row["rows"]:
             verdicts = (each["matching"]["test"][rule] for rule in RULES)
