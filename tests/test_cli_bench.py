@@ -69,6 +69,11 @@ def test_by_default_every_usable_engine_runs_and_the_others_are_explained(model,
         (("{cut}", "-e", "onnxruntime"), "cut.onnx"),
         (("{nan}", "-e", "onnxruntime"), "NaN"),
         (("{model}", "-e", "onnxruntime", "--timeout", "-1"), "no negative times"),
+        (("{model}", "--device", "usb"), "--device: expected adb[:SERIAL] or local or qemu or ssh:[USER@]HOST[:PORT], got 'usb'"),
+        (("{model}", "--device", "ssh:-oProxyCommand=touch x"), "--device ssh: expected ssh:[USER@]HOST[:PORT]"),
+        (("{model}", "--device", "local", "-e", "torch"), "--engine: expected onnxruntime or ticketkit on a device, got 'torch'"),
+        (("{model}", "--device", "local", "--runner", "no/such/folder"), "no/such/folder: expected ticketkit-network"),
+        (("{model}", "--device", "local", "--cpus", "big;little"), "--cpus: expected all or numbers such as 4-7, got 'big;little'"),
         (("{model}", "-e", "onnxruntime", "--timeout", "0.001"), "engine onnxruntime: expected an answer to 'load' within"),
     ],
 )
@@ -82,6 +87,12 @@ def test_what_is_wrong_is_one_line(tmp_path, model, arguments, message):
     assert message in last_line(done)
     assert last_line(done).startswith("ticketkit: error: ")
     assert "Traceback" not in done.stderr
+
+
+def test_options_of_devices_need_one(model):
+    done = run(model, "--cpus", "0")
+    assert done.returncode == 2
+    assert "--cpus needs --device" in last_line(done)
 
 
 def test_an_unusable_engine_asked_for_by_name_is_an_error(model, tmp_path):

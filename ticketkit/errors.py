@@ -29,6 +29,10 @@ class DataError(TicketkitError):
     """A data set or an input file is missing, truncated or of the wrong shape."""
 
 
+class DeviceError(TicketkitError):
+    """A phone or board cannot be reached or used, ran out of space, went away, or sent what cannot be believed."""
+
+
 def first_line(error: Exception) -> str:
     """The first line of what somebody else's error says, its class where it says nothing."""
     text = str(error).strip() or type(error).__name__

@@ -86,7 +86,7 @@ def conclude(report: timing.Report, json_to: str | None, unusable: dict[str, str
             file.write(lines)
     if report.interrupted:
         raise KeyboardInterrupt
-    fatal = [why for name, why in report.failures.items() if name in required]
+    fatal = ([report.stopped] if report.stopped else []) + [why for name, why in report.failures.items() if name in required]
     if fatal or not report.rows:
         raise TicketkitError("; ".join(fatal) or "no engine was timed; `ticketkit doctor` tells which work here and why")
 
@@ -128,7 +128,7 @@ def _shares(found: Sequence[Row]) -> Iterator[str]:
         return
     for row in found:
         if not row.multiplies_zeros:
-            file, load = row.file_bytes / reference.file_bytes, row.load_s / reference.load_s
+            file, load = row.file_bytes / reference.file_bytes, row.load_s / max(reference.load_s, 1e-9)
             memory = f"{row.peak_rss_bytes / reference.peak_rss_bytes:.2f} of the memory, " if reference.peak_rss_bytes else ""
             yield f"{row.engine} against {reference.engine}: {file:.2f} of the file, {memory}{load:.2f} of the load time"
 
@@ -154,6 +154,7 @@ def _notes(report: timing.Report) -> list[str]:
         notes.append(f"× dense: p50 of {baseline}, the fastest dense engine here, over this p50; by round: their median")
     if report.rows:
         notes.append(f"max |diff|: against dense onnxruntime, whose largest output is {report.rows[0].max_abs_output:.3g}")
-    if report.interrupted:
-        notes.append("interrupted: fewer rounds than asked for")
+    notes += report.notes
+    if report.interrupted or report.stopped:
+        notes.append("interrupted: fewer rounds than asked for" if report.interrupted else "broken off: fewer rounds than asked for")
     return notes

@@ -58,6 +58,8 @@ class Report:
     rows: list[rows.Row]
     failures: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False  # Ctrl-C: fewer rounds than asked for
+    notes: list[str] = field(default_factory=list)  # more to be read with the table, such as what a device says of itself
+    stopped: str | None = None  # why the run broke off after some rounds
 
 
 def measure(

@@ -1,0 +1,112 @@
+"""A directory on the device for one run, the files pushed there, and a runner's events followed to the end."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ticketkit.bench.devices import Device, _events, shown
+from ticketkit.errors import DeviceError
+
+MARGIN = 8 << 20  # bytes beside the files: outputs, and what the system needs
+SLACK = 30.0  # seconds: the runner gives an engine up first, and says so
+
+
+@dataclass(frozen=True)
+class File:
+    """A file for the device: where it is here, its name there, and whether it is a program."""
+
+    path: Path
+    name: str
+    executable: bool = False
+
+
+@contextmanager
+def workplace(device: Device, files: Sequence[File], say: Callable[[str], None]) -> Iterator[str]:
+    """A directory on the device with these files in it; it is gone afterwards, whatever happens.
+
+    Raises DeviceError before anything is copied when the device says that it has too little room.
+    """
+    with _orderly_end():
+        directory = device.reserve()
+        with _removed(device, directory):
+            needed, free = sum(file.path.stat().st_size for file in files) + MARGIN, device.free_bytes(directory)
+            if free is not None and free < needed:
+                raise DeviceError(
+                    f"{device.label}: expected {needed:,} bytes free in {directory.rpartition('/')[0]}, there are {free:,}; "
+                    "free some there, or set TMPDIR there"
+                )
+            for file in files:
+                say(f"copying {file.name}")
+                device.push(file.path, f"{directory}/{file.name}", file.executable)
+            yield directory
+
+
+def follow(
+    device: Device,
+    words: Sequence[str],
+    directory: str,
+    silence: float,
+    take: Callable[[_events.Event], None],
+    listen: ExitStack | None = None,
+) -> None:
+    """Run a program there and hand its events over until it has ended. `listen`: closed when the run is over.
+
+    Raises DeviceError when it did not end in order: an error of its own, a broken connection, a silence, an event nobody can believe.
+    """
+    over, code, error, fate = False, None, None, None
+    with listen or ExitStack(), device.run(words, directory, silence) as lines:
+        for line in lines:
+            event = _events.parse(line)
+            if event is None:
+                continue
+            lines.alive()
+            if event["event"] == "exit":
+                code = event["code"]
+                break
+            if event["event"] == "error":
+                error = shown(event["message"])[1:-1]
+            over = over or event["event"] == "end"
+            take(event)
+        if not over:
+            fate = lines.fate()
+    if error:
+        raise DeviceError(f"{device.label}: {error}")
+    if not over:
+        killed = f"signal {code - 128}" if code is not None and code > 128 else None
+        why = "; ".join(filter(None, (killed, fate))) or "it ended without a word"
+        raise DeviceError(f"{device.label}: the run was cut off: {why}")
+
+
+@contextmanager
+def _removed(device: Device, directory: str) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        with suppress(DeviceError, KeyboardInterrupt):  # what went wrong first is what is said; the watcher there removes it too
+            device.remove(directory)
+        raise
+    device.remove(directory)
+
+
+@contextmanager
+def _orderly_end() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the run like Ctrl-C, so that the device is cleaned up."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
