@@ -143,8 +143,8 @@ class Board:
 
     def runners(self, model: Path) -> None:
         """Let every ABI have the fake runner, and it the right outputs of this model."""
-        parts = _runner.Runner(self.network, self.network, self.library)
-        self.monkeypatch.setattr(_runner, "runner", lambda abi, given, say=None: parts)
+        files = {_runner.NETWORK: self.network, _runner.LAYERS: self.network, _runner.OPERATORS: self.library}
+        self.monkeypatch.setattr(_runner, "programs", lambda abi, names, given, say=None: {name: files[name] for name in names})
         self.monkeypatch.setattr(_runner, "onnxruntime", lambda abi, given, say=None: self.library)
         scratch = self.folder / "scratch"
         scratch.mkdir()

@@ -1,6 +1,7 @@
 """Names of devices, what `adb` and `ssh` answer, what a device is, and where its runner comes from."""
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -310,27 +311,30 @@ def elf(path, machine=183):
     return path
 
 
+WHOLE = (_runner.NETWORK, _runner.OPERATORS)
+
+
 def test_runners_of_a_folder(tmp_path, monkeypatch):
-    for name in _runner.PARTS.values():
+    for name in (*WHOLE, _runner.LAYERS):
         elf(tmp_path / name)
-    assert _runner.runner("aarch64-linux", tmp_path).layers == tmp_path / "ticketkit-layers"
+    assert _runner.programs("aarch64-linux", [_runner.LAYERS], tmp_path) == {"ticketkit-layers": tmp_path / "ticketkit-layers"}
     monkeypatch.setenv("TICKETKIT_RUNNER", str(tmp_path))
-    assert _runner.runner("aarch64-android", None).operators == tmp_path / "libticketkit.so"
+    assert _runner.programs("aarch64-android", WHOLE, None)["libticketkit.so"] == tmp_path / "libticketkit.so"
     with pytest.raises(DeviceError, match=r"runner: expected .*ticketkit-network to be for x86_64, got aarch64"):
-        _runner.runner("x86_64-linux", tmp_path)
+        _runner.programs("x86_64-linux", WHOLE, tmp_path)
     (tmp_path / "ticketkit-network").write_text("#!/bin/sh")
     with pytest.raises(DeviceError, match="got no ELF file"):
-        _runner.runner("aarch64-linux", None)
+        _runner.programs("aarch64-linux", WHOLE, None)
     (tmp_path / "ticketkit-network").unlink()
     with pytest.raises(DeviceError, match="there is no ticketkit-network"):
-        _runner.runner("aarch64-linux", None)
+        _runner.programs("aarch64-linux", WHOLE, None)
 
 
 def test_a_package_without_sources_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.delenv("TICKETKIT_RUNNER", raising=False)
     monkeypatch.setattr(_runner, "ROOT", tmp_path)
     with pytest.raises(DeviceError, match=r"no runner for aarch64-linux: expected --runner DIR or \$TICKETKIT_RUNNER, .*`cmake --preset P"):
-        _runner.runner("aarch64-linux", None)
+        _runner.programs("aarch64-linux", WHOLE, None)
 
 
 def test_runners_are_built_once_for_each_state_of_the_sources(tmp_path, monkeypatch):
@@ -346,45 +350,62 @@ echo "$@" >>{tmp_path}/calls
 while [ $# -gt 0 ]; do [ "$1" = -B ] && tree=$2; shift; done
 [ -n "$tree" ] || exit 0
 mkdir -p $tree/device
-for name in {" ".join(_runner.PARTS.values())}; do cp {tmp_path}/made $tree/device/$name; done
+for name in ticketkit-network ticketkit-layers libticketkit.so; do cp {tmp_path}/made $tree/device/$name; done
 """
     program(tools / "cmake", script)
-    for name, value in {"XDG_CACHE_HOME": cache, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "ANDROID_NDK": tmp_path}.items():
+    for name, value in {"XDG_CACHE_HOME": cache, "ANDROID_NDK": tmp_path}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.delenv("TICKETKIT_RUNNER", raising=False)
     monkeypatch.setattr(_runner, "ROOT", tmp_path)
     monkeypatch.setattr(_runner, "_tool", lambda name: str(tools / "cmake") if name == "cmake" else None)
+
+    def build(say=lambda what: None):
+        _runner._digest.cache_clear()
+        return _runner.programs("aarch64-android", WHOLE, None, say)
+
     (tmp_path / "broken").touch()
-    with pytest.raises(DeviceError, match=r"building the runners failed: 'a\.cc:1: error: no'; see .*aarch64-android\.log"):
-        _runner.runner("aarch64-android", None)
+    with pytest.raises(DeviceError, match=r"building the runners failed: 'a\.cc:1: error: no'; see .*android-arm64\.log"):
+        build()
     (tmp_path / "broken").unlink()
     said = []
-    first = _runner.runner("aarch64-android", None, said.append)
-    assert first == _runner.runner("aarch64-android", None, said.append)
-    assert said == ["building the runners for aarch64-android"]
-    assert "--preset android-arm64" in (tmp_path / "calls").read_text()
+    first = build(said.append)
+    assert first == build(said.append)
+    assert said == ["building ticketkit-network, libticketkit.so for aarch64-android"]
+    calls = (tmp_path / "calls").read_text()
+    assert "--preset android-arm64 -G Unix Makefiles" in calls and "--target ticketkit-network ticketkit\n" in calls
     (source / "a.cc").write_text("int b;")
-    _runner._digest.cache_clear()
-    assert _runner.runner("aarch64-android", None) != first
+    assert build() != first
     monkeypatch.setattr(_runner, "_tool", lambda name: None)
     (source / "a.cc").write_text("int c;")
-    _runner._digest.cache_clear()
     with pytest.raises(DeviceError, match=r"no cmake on the PATH; pip install 'ticketkit\[device\]' has it"):
-        _runner.runner("aarch64-android", None)
+        build()
 
 
-def test_compilers_that_are_missing(monkeypatch):
-    monkeypatch.delenv("ANDROID_NDK", raising=False)
-    monkeypatch.setattr(_runner.shutil, "which", lambda name, path=None: None)
-    monkeypatch.setattr(_runner.importlib.util, "find_spec", lambda name: None)
+@pytest.mark.parametrize(
+    ("abi", "names", "tools", "preset"),
+    [
+        ("riscv64-linux", WHOLE, "", "device"),
+        ("aarch64-linux", WHOLE, "zig gcc ndk", "aarch64-linux-gnu-zig"),
+        ("aarch64-linux", WHOLE, "gcc", "aarch64-linux-gnu"),
+        ("aarch64-linux", [_runner.LAYERS], "zig", "aarch64-linux-musl"),
+        ("aarch64-linux", [_runner.LAYERS], "gcc", "aarch64-linux-gnu"),
+        ("aarch64-android", [_runner.LAYERS], "zig ndk", "aarch64-linux-musl"),
+        ("aarch64-android", [_runner.LAYERS], "ndk", "android-arm64"),
+        ("aarch64-android", WHOLE, "zig ndk", "android-arm64"),
+        ("aarch64-android", WHOLE, "zig gcc", r"expected \$ANDROID_NDK"),
+        ("aarch64-linux", WHOLE, "ndk", r"pip install 'ticketkit\[device\]' has one \(ziglang\)"),
+        ("x86_64-linux", WHOLE, "zig gcc ndk", "can only be built on such a machine"),
+    ],
+)
+def test_what_builds_for_what(abi, names, tools, preset, monkeypatch, tmp_path):
+    monkeypatch.setenv("ANDROID_NDK", str(tmp_path) if "ndk" in tools else "")
+    monkeypatch.setattr(_runner.shutil, "which", lambda name, path=None: "/bin/gcc" if "gcc" in tools else None)
+    monkeypatch.setattr(_runner.importlib.util, "find_spec", lambda name: "zig" if "zig" in tools else None)
     monkeypatch.setattr(_runner.platform, "machine", lambda: "riscv64")
-    for abi, what in (
-        ("aarch64-android", r"\$ANDROID_NDK"),
-        ("aarch64-linux", "ziglang"),
-        ("x86_64-linux", "can only be built on such a machine"),
-    ):
-        with pytest.raises(DeviceError, match=what):
-            _runner._preset(abi)
+    try:
+        assert _runner.preset(abi, names) == preset
+    except DeviceError as error:
+        assert re.search(preset, str(error))
 
 
 def test_the_library_of_this_machine_and_of_android(tmp_path):

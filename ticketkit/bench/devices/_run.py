@@ -124,10 +124,10 @@ class Load:
         """The command line of `ticketkit-network` in a directory of the device."""
         chosen = [word for name in names for word in ("--engine", f"{name}={directory}/{name}.onnx")]
         bound = ["--cpus", ranges(self.cpus)] if self.cpus else []
-        words = [f"{directory}/{_runner.PARTS['network']}", "--library", f"{directory}/libonnxruntime.so", *chosen, *bound]
+        words = [f"{directory}/{_runner.NETWORK}", "--library", f"{directory}/libonnxruntime.so", *chosen, *bound]
         words += [
             "--operators",
-            f"{directory}/{_runner.PARTS['operators']}",
+            f"{directory}/{_runner.OPERATORS}",
             "--input",
             f"{directory}/input.f32",
             "--threads",
@@ -200,7 +200,7 @@ def prepare(target: Target, path: Path, names: Sequence[str], batch: int, scratc
     say("looking at the device")
     facts = device.describe()
     cpus = facts.choose(target.cpus)
-    parts = _runner.runner(facts.abi, target.runner, say)
+    programs = _runner.programs(facts.abi, (_runner.NETWORK, _runner.OPERATORS), target.runner, say)
     library = _runner.onnxruntime(facts.abi, target.onnxruntime, say)
     say("reading the model")
     subject = Subject.open(path, batch, scratch)
@@ -215,8 +215,7 @@ def prepare(target: Target, path: Path, names: Sequence[str], batch: int, scratc
     (scratch / "input.f32").write_bytes(np.ascontiguousarray(x).tobytes())
     models = {name: _model(subject, name, scratch, say) for name in names}
     files = [
-        File(parts.network, _runner.PARTS["network"], True),
-        File(parts.operators, _runner.PARTS["operators"]),
+        *(File(program, name, name == _runner.NETWORK) for name, program in programs.items()),
         File(library, "libonnxruntime.so"),
         File(scratch / "input.f32", "input.f32"),
         *(File(model, f"{name}.onnx") for name, model in models.items()),

@@ -1,7 +1,7 @@
 """The runners for a device's ABI, and the onnxruntime library: given, found in the user's cache, or built and fetched into it.
 
-The cache is ~/.cache/ticketkit ($XDG_CACHE_HOME): `runner/ABI-HASH` holds the two programs and the operator library, built from `kernels/`
-with the sources' hash in the name, `onnxruntime/VERSION-ABI` the library out of the wheel that PyPI has for that processor.
+The cache is ~/.cache/ticketkit ($XDG_CACHE_HOME): `runner/PRESET-WHAT-HASH` holds what was built from `kernels/`, with the sources' hash in
+the name, `onnxruntime/VERSION-ABI` the library out of the wheel that PyPI has for that processor.
 """
 
 from __future__ import annotations
@@ -18,36 +18,35 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 
 from ticketkit.bench.devices import shown
 from ticketkit.bench.machine import ROOT
-from ticketkit.errors import DeviceError
+from ticketkit.errors import DeviceError, KernelError
+from ticketkit.runtime import native
 
 MACHINES = {"aarch64": 183, "x86_64": 62}  # e_machine of an ELF file
-PARTS = {"network": "ticketkit-network", "layers": "ticketkit-layers", "operators": "libticketkit.so"}
+NETWORK, LAYERS, OPERATORS = "ticketkit-network", "ticketkit-layers", "libticketkit.so"
 WHEELS = ("manylinux_2_28", "manylinux_2_27", "manylinux2014")
 BUILD_SECONDS, FETCH_SECONDS = 1800, 600
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Runner:
-    """What of ours runs on the device: the two programs and the operators of onnxruntime."""
+def programs(abi: str, names: Sequence[str], given: Path | None, say: Say = lambda what: None) -> dict[str, Path]:
+    """The named files of ours for an ABI: of the folder `given` (`--runner`, $TICKETKIT_RUNNER), or, for this machine, of the installed
+    package, or else built from `kernels/`, once for each state of it.
 
-    network: Path
-    layers: Path
-    operators: Path
-
-
-def runner(abi: str, given: Path | None, say: Say = lambda what: None) -> Runner:
-    """The runners for an ABI: of the folder `given`, else of $TICKETKIT_RUNNER, else built from `kernels/`, once for each state of it.
-
-    Raises DeviceError where a folder lacks one or has those of another ABI, or nothing can be built here.
+    Raises DeviceError where a folder lacks one or has one of another ABI, or nothing can be built here.
     """
-    folder = given or (Path(os.environ["TICKETKIT_RUNNER"]) if os.environ.get("TICKETKIT_RUNNER") else None)
-    return _in(folder or _built(abi, say), abi)
+    if given is None and (named := os.environ.get("TICKETKIT_RUNNER")):
+        given = Path(named)
+    if given is not None:
+        return _in(given, abi, names)
+    if _here(abi):
+        with suppress(DeviceError, KernelError):
+            return _in(native.library_path().parent, abi, names)
+    return _in(_built(abi, names, say), abi, names)
 
 
 def onnxruntime(abi: str, given: Path | None, say: Say = lambda what: None) -> Path:
@@ -63,7 +62,7 @@ def onnxruntime(abi: str, given: Path | None, say: Say = lambda what: None) -> P
             "onnxruntime-android-VERSION.aar (a zip file) of Maven Central"
         )
     version = importlib.metadata.version("onnxruntime")
-    if abi == f"{platform.machine()}-linux":
+    if _here(abi):
         spec = importlib.util.find_spec("onnxruntime")
         folder = Path(spec.origin or "").parent / "capi" if spec else Path()
         if found := sorted(folder.glob("libonnxruntime.so.*")):
@@ -75,74 +74,88 @@ def onnxruntime(abi: str, given: Path | None, say: Say = lambda what: None) -> P
     return _checked(kept, abi, "onnxruntime")
 
 
-def build(abi: str, sources: Path, to: Path) -> None:
-    """Configure and build the runners of `sources` (kernels/) and put them into the folder `to`.
+def build(preset: str, names: Sequence[str], sources: Path, to: Path) -> None:
+    """Configure and build files of ours from `sources` (kernels/) by a preset of CMakePresets.json and put them into the folder `to`.
 
-    Raises DeviceError naming the step that failed, its last line, and the log.
+    Raises DeviceError naming the step that failed, its first error, and the log.
     """
     with tempfile.TemporaryDirectory(prefix="ticketkit-build-") as scratch:
         tree, made = Path(scratch) / "build", Path(scratch) / "made"
-        preset = ["--preset", _preset(abi)]
         generator = ["-G", "Ninja"] if _tool("ninja") else ["-G", "Unix Makefiles"]
-        log = _cache() / "runner" / f"{abi}.log"
+        more = ["-DTICKETKIT_XNNPACK=auto"] if preset == "device" else []
+        log = _cache() / "runner" / f"{preset}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as output:
-            _step(["cmake", *preset, *generator, "-S", str(sources), "-B", str(tree)], sources, log, output.fileno())
-            targets = ["--target", "ticketkit", PARTS["network"], PARTS["layers"]]
-            _step(["cmake", "--build", str(tree), "-j", str(max(1, (os.cpu_count() or 1) // 2)), *targets], sources, log, output.fileno())
+            _step(["cmake", "--preset", preset, *generator, *more, "-S", str(sources), "-B", str(tree)], sources, log, output.fileno())
+            targets = [name.removeprefix("lib").removesuffix(".so") for name in names]
+            jobs = str(max(1, (os.cpu_count() or 1) // 2))
+            _step(["cmake", "--build", str(tree), "-j", jobs, "--target", *targets], sources, log, output.fileno())
         made.mkdir()
-        for name in PARTS.values():
+        for name in names:
             found = [path for path in tree.rglob(name) if path.is_file()]
             if not found:
-                raise DeviceError(f"building for {abi}: expected {name} in {tree}, it is not there; see {log}")
+                raise DeviceError(f"building {preset}: expected {name} in {tree}, it is not there; see {log}")
             shutil.copy2(found[0], made / name)
         _keep(made, to)
 
 
-def _built(abi: str, say: Say) -> Path:
-    """The folder of the cache with the runners for these sources, built if need be."""
-    sources = ROOT / "kernels"
-    if not (sources / "device").is_dir():
-        raise DeviceError(
-            f"no runner for {abi}: expected --runner DIR or $TICKETKIT_RUNNER, a folder with {', '.join(PARTS.values())}; in ticketkit's "
-            "sources, in kernels/, `cmake --preset P && cmake --build --preset P` makes them, with P one of `cmake --list-presets`"
-        )
-    kept = _cache() / "runner" / f"{abi}-{_digest(sources)}"
-    if not kept.is_dir():
-        say(f"building the runners for {abi}")
-        build(abi, sources, kept)
-    return kept
+def preset(abi: str, names: Sequence[str]) -> str:
+    """The preset of kernels/CMakePresets.json that builds these files for an ABI here.
 
-
-def _preset(abi: str) -> str:
-    """The preset of kernels/CMakePresets.json that builds for an ABI here. DeviceError where a compiler is missing, naming one."""
-    if abi == f"{platform.machine()}-linux":
+    For ARM a program that needs no library is built static, so that it runs on every Linux and Android. DeviceError where a compiler is
+    missing, naming one.
+    """
+    if _here(abi):
         return "device"
+    zig = importlib.util.find_spec("ziglang") is not None
+    if abi.startswith("aarch64") and zig and set(names) == {LAYERS}:
+        return "aarch64-linux-musl"
+    if abi == "aarch64-android":
+        if os.environ.get("ANDROID_NDK"):
+            return "android-arm64"
+        raise DeviceError(
+            "no compiler for Android: expected $ANDROID_NDK, the folder of Android's NDK, or built runners with --runner DIR; "
+            "--layers needs pip install 'ticketkit[device]' only"
+        )
     if abi == "aarch64-linux":
-        if importlib.util.find_spec("ziglang"):
-            return "aarch64-linux-gnu-zig"  # for an older C library too
+        if zig:
+            return "aarch64-linux-gnu-zig"  # for older C libraries too
         if shutil.which("aarch64-linux-gnu-g++"):
             return "aarch64-linux-gnu"
         raise DeviceError(
             "no compiler for 64-bit ARM Linux: pip install 'ticketkit[device]' has one (ziglang), as has Debian's g++-aarch64-linux-gnu"
         )
-    if abi == "aarch64-android":
-        if os.environ.get("ANDROID_NDK"):
-            return "android-arm64"
-        raise DeviceError(
-            "no compiler for Android: expected $ANDROID_NDK, the folder of Android's NDK; or give built runners with --runner DIR"
-        )
     raise DeviceError(f"no runner for {abi}: it can only be built on such a machine; build it there and give it with --runner DIR")
 
 
-def _in(folder: Path, abi: str) -> Runner:
+def _here(abi: str) -> bool:
+    return platform.system() == "Linux" and abi == f"{platform.machine()}-linux"
+
+
+def _built(abi: str, names: Sequence[str], say: Say) -> Path:
+    """The folder of the cache with these files for these sources, built if need be."""
+    sources = ROOT / "kernels"
+    if not (sources / "device").is_dir():
+        raise DeviceError(
+            f"no runner for {abi}: expected --runner DIR or $TICKETKIT_RUNNER, a folder with {', '.join(names)}; in ticketkit's "
+            "sources, in kernels/, `cmake --preset P && cmake --build --preset P` makes them, with P one of `cmake --list-presets`"
+        )
+    chosen = preset(abi, names)
+    kept = _cache() / "runner" / f"{chosen}-{'layers' if LAYERS in names else 'network'}-{_digest(sources)}"
+    if not kept.is_dir():
+        say(f"building {', '.join(names)} for {abi}")
+        build(chosen, names, sources, kept)
+    return kept
+
+
+def _in(folder: Path, abi: str, names: Sequence[str]) -> dict[str, Path]:
     found = {}
-    for part, name in PARTS.items():
+    for name in names:
         paths = [path for path in (folder / name, folder / "device" / name) if path.is_file()]
         if not paths:
-            raise DeviceError(f"{folder}: expected {', '.join(PARTS.values())} for {abi}, there is no {name}")
-        found[part] = _checked(paths[0], abi, "runner")
-    return Runner(**found)
+            raise DeviceError(f"{folder}: expected {', '.join(names)} for {abi}, there is no {name}")
+        found[name] = _checked(paths[0], abi, "runner")
+    return found
 
 
 def _checked(path: Path, abi: str, what: str) -> Path:
