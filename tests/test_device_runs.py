@@ -256,8 +256,6 @@ def test_the_table_says_where_and_how_warm(board, model, capsys, tmp_path):
     assert [json.loads(line)["engine"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == ["onnxruntime", "ticketkit"]
 
 
-def test_rows_of_every_round_slower_than_the_last_are_a_warning():
-    heard = _run.Heard(["ticketkit"], times={"ticketkit": [[10.0 + i] for i in range(9)]})
-    assert "ticketkit slowed down from 11 to 17 ms" in _run.throttling((), heard)
-    heard.times["ticketkit"] = [[10.0 + i % 2] for i in range(9)]
-    assert _run.throttling((), heard) == []
+def test_rounds_that_take_longer_and_longer_are_a_warning():
+    assert _run.slowing({"ticketkit": [[10.0 + i] for i in range(9)]}) == ["ticketkit slowed down from 11 to 17 ms"]
+    assert _run.slowing({"ticketkit": [[10.0 + i % 2] for i in range(9)], "onnxruntime": [[1.0], [9.0]]}) == []

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from statistics import median
+from typing import Protocol
 
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -18,13 +19,20 @@ from ticketkit.bench.subject import Subject
 from ticketkit.errors import TicketkitError
 from ticketkit.planner import Plan
 
+
+class Rowlike(Protocol):
+    """Anything that a line of JSON can be made of."""
+
+    def to_json(self) -> str: ...
+
+
 BARS = " ▁▂▃▄▅▆▇█"
 
 
 def render(report: timing.Report) -> RenderableType:
     """Times and costs of every engine, and beneath them sparsity, FLOPs left, distribution over layers, meaning of the ratio."""
-    times = _grid("engine", *("min", "p50", "p90", "p99", "mean", "std", "n", "× dense", "by round"))
-    costs = _grid("engine", "version", "zeros", "max |diff|", "file MB", "load s", "RSS MB")
+    times = grid("engine", *("min", "p50", "p90", "p99", "mean", "std", "n", "× dense", "by round"))
+    costs = grid("engine", "version", "zeros", "max |diff|", "file MB", "load s", "RSS MB")
     for row in report.rows:
         style = None if row.multiplies_zeros else "bold"
         times.add_row(row.engine, *_times(row), style=style)
@@ -73,22 +81,27 @@ def conclude(report: timing.Report, json_to: str | None, unusable: dict[str, str
     Then raise what went wrong: KeyboardInterrupt after a Ctrl-C, TicketkitError if a `required` engine failed or nothing at all
     was measured. Failures of other engines, and the `unusable` ones with their reasons, are printed only.
     """
-    console = Console(stderr=json_to == "-")
-    console.print(render(report))
     optional = {name: why for name, why in report.failures.items() if name not in required}
-    for name, why in (unusable | optional).items():
-        console.print(f"not used: {name}: {why}", highlight=False, markup=False)
-    lines = "".join(row.to_json() + "\n" for row in report.rows)
-    if json_to == "-":
-        sys.stdout.write(lines)
-    elif json_to:
-        with open(json_to, "a", encoding="utf-8") as file:
-            file.write(lines)
+    publish(render(report), report.rows, json_to, unusable | optional)
     if report.interrupted:
         raise KeyboardInterrupt
     fatal = ([report.stopped] if report.stopped else []) + [why for name, why in report.failures.items() if name in required]
     if fatal or not report.rows:
         raise TicketkitError("; ".join(fatal) or "no engine was timed; `ticketkit doctor` tells which work here and why")
+
+
+def publish(what: RenderableType, rows: Sequence[Rowlike], json_to: str | None, not_used: dict[str, str]) -> None:
+    """Print a table and what was not used and why; write the rows as `conclude` says."""
+    console = Console(stderr=json_to == "-")
+    console.print(what)
+    for name, why in not_used.items():
+        console.print(f"not used: {name}: {why}", highlight=False, markup=False)
+    lines = "".join(row.to_json() + "\n" for row in rows)
+    if json_to == "-":
+        sys.stdout.write(lines)
+    elif json_to:
+        with open(json_to, "a", encoding="utf-8") as file:
+            file.write(lines)
 
 
 def _title(report: timing.Report) -> str:
@@ -100,7 +113,7 @@ def _title(report: timing.Report) -> str:
     return f"{row.model}: batch {row.batch}, {threads}, milliseconds per batch, {row.cpu}{isas and f' ({isas})'}"
 
 
-def _grid(*headings: str) -> Table:
+def grid(*headings: str) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for heading in headings:
         words = heading in {"engine", "zeros", "version"}

@@ -31,6 +31,8 @@ def quickstart(out: str) -> None:
 @click.option("--json", "json_to", metavar="FILE|-", help="Append the rows as JSON lines to FILE, or print them (-).")
 @click.option("--device", metavar="DEVICE",
               help="Measure there: local, ssh:[USER@]HOST[:PORT], adb[:SERIAL], or qemu (64-bit ARM, emulated: no times).")
+@click.option("--layers", is_flag=True, help="On a device: each layer alone, one thread; XNNPACK too if the runner has it.")
+@click.option("--instructions", is_flag=True, help="With --device qemu: count the instructions of one run; takes minutes.")
 @click.option("--cpus", metavar="LIST",
               help="On a device: run on these processors, 4-7, or on a cluster: big, little, middle.  [default: big]")
 @click.option("--runner", type=click.Path(path_type=Path), metavar="DIR", envvar="TICKETKIT_RUNNER", show_envvar=True,
@@ -39,7 +41,7 @@ def quickstart(out: str) -> None:
               help="On a device: its libonnxruntime.so; needed for Android.  [default: PyPI's]")
 def bench(
     model: str, names: tuple[str, ...], threads: int, batch: int, rounds: int, seconds: float, timeout: float, json_to: str | None,
-    device: str | None, cpus: str | None, runner: Path | None, library: Path | None,
+    device: str | None, layers: bool, instructions: bool, cpus: str | None, runner: Path | None, library: Path | None,
 ) -> None:  # fmt: skip
     """Time MODEL (.onnx) on several engines, in alternating rounds, against the fastest dense one.
 
@@ -48,6 +50,7 @@ def bench(
     \b
     ticketkit bench small.onnx --device ssh:pi@raspberrypi --cpus 0-3 --threads 4
     ticketkit bench small.onnx --device adb --cpus big --onnxruntime jni/arm64-v8a/libonnxruntime.so
+    ticketkit bench small.onnx --device adb --layers   each layer alone; needs no onnxruntime there
     ticketkit bench small.onnx --device qemu          no device: are the answers right on ARM?
 
     ssh must work without a question (keys), adb as `adb devices` shows it. Runners are built with cmake and a compiler for the device,
@@ -60,9 +63,10 @@ def bench(
     if device is not None:
         from ticketkit.bench import device as on
 
-        on.bench(on.Target(device, cpus, runner, library), Path(model), names, threads, batch, protocol, json_to)
+        target = on.Target(device, cpus, runner, library)
+        on.bench(target, Path(model), names, threads, batch, protocol, json_to, layers, instructions)
         return
-    for option, value in (("--cpus", cpus), ("--onnxruntime", library)):
+    for option, value in (("--layers", layers), ("--instructions", instructions), ("--cpus", cpus), ("--onnxruntime", library)):
         if value:
             raise click.UsageError(f"{option} needs --device")
     chosen, unusable = (engines.require(names), {}) if names else engines.usable()

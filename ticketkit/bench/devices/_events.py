@@ -73,13 +73,23 @@ FIELDS: dict[str, dict[str, tuple[str, Check]]] = {
         "max_abs_output": ("a number or null", _optional(_number(0, 1e300))),
         "ok": ("true or false", _flag),
     },
+    "layer": {
+        "layer": ("text", _text),
+        "op": ("conv2d, depthwise or gemm", lambda v: v in ("conv2d", "depthwise", "gemm")),
+        "shape": ("10 sizes", _each(_whole(0, 1 << 40), 10, 10)),
+        **{name: ("a count", _whole(0, 1 << 62)) for name in ("weights", "nnz", "multiply_adds", "multiply_adds_dense")},
+    },
     "finished": {"engine": ("text", _text), "peak_rss_bytes": ("bytes", _bytes)},
     "failed": {"engine": ("text", _text), "message": ("text", _text)},
     "error": {"message": ("text", _text)},
     "end": {},
     "exit": {"code": ("an exit code", _whole(0, 255))},
 }
-EXTRA: dict[str, tuple[str, Check]] = {"layer": ("text", _text), "format": ("text or null", _optional(_text))}
+EXTRA: dict[str, tuple[str, Check]] = {
+    "layer": ("text", _text),
+    "format": ("text or null", _optional(_text)),
+    "tolerance": ("a number or null", _optional(_number(0, 1e300))),
+}
 
 
 def parse(line: str) -> Event | None:

@@ -7,7 +7,7 @@ are held against dense onnxruntime's on this machine before anything is timed: a
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -162,13 +162,13 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="ticketkit-device-") as scratch:
         load = prepare(target, path, names, batch, Path(scratch), say)
         if load.device.emulated:
-            raise DeviceError(f"{load.device.label}: an emulator has no times; expected a device, or `emulate` for this one")
+            raise DeviceError(f"{load.device.label}: an emulator has no times; `_emulate.measure` is for that")
         heard, stopped, interrupted = Heard(names), None, False
         differences: dict[str, float] = {}
         try:
             with workplace(load.device, load.files, say) as directory:
-                differences, failures = check(load, directory, threads, asked, Path(scratch), say)
-                heard = Heard([name for name in names if name in differences], failures=dict(failures))
+                differences, checked = check(load, directory, threads, asked, Path(scratch), say)
+                heard = Heard([name for name in names if name in differences], failures=checked.failures)
                 if heard.names:
                     words = load.words(directory, threads, heard.names, *_times(asked))
 
@@ -188,7 +188,8 @@ def measure(
             interrupted = True
         complete = stopped is None and not interrupted
         found = [_row(load, heard, name, differences[name], threads, started, complete) for name in heard.times]
-        return timing.Report(load.subject, _with_ratios(found, heard), heard.failures, interrupted, _notes(load, heard), stopped)
+        said = notes(load.facts, load.device.label, load.cpus, heard.kernel, heard.states, slowing(heard.times))
+        return timing.Report(load.subject, _with_ratios(found, heard), heard.failures, interrupted, said, stopped)
 
 
 def prepare(target: Target, path: Path, names: Sequence[str], batch: int, scratch: Path, say: Any) -> Load:
@@ -223,10 +224,8 @@ def prepare(target: Target, path: Path, names: Sequence[str], batch: int, scratc
     return Load(device, facts, cpus, subject, names, files, models, expected, x.shape)
 
 
-def check(
-    load: Load, directory: str, threads: int, protocol: timing.Protocol, scratch: Path, say: Any
-) -> tuple[dict[str, float], dict[str, str]]:
-    """Run every engine once, fetch its outputs, compare; ({engine: largest difference}, {engine that failed: why})."""
+def check(load: Load, directory: str, threads: int, protocol: timing.Protocol, scratch: Path, say: Any) -> tuple[dict[str, float], Heard]:
+    """Run every engine once, fetch its outputs, compare; ({engine: largest difference}, what was heard, failures included)."""
     say("checking the outputs")
     heard = Heard(load.names)
     words = load.words(
@@ -252,22 +251,23 @@ def check(
                 f"engine {name}: expected {load.expected.size} outputs within {timing.AGREE * scale:.3g} of onnxruntime's here, "
                 f"got {got.size} with max |difference| {off:.3g}; a wrong answer has no speed"
             )
-    return differences, heard.failures
+    return differences, heard
 
 
-def described(load: Load, heard: Heard, complete: bool) -> dict[str, Any]:
-    """The field `device` of a row."""
-    facts = load.facts
+def about(
+    facts: Facts, label: str, cpus: Sequence[int], kernel: str, states: Mapping[str, Event], slower: Sequence[str], complete: bool
+) -> dict[str, Any]:
+    """The field `device` of a row; `slower` says which engines slowed down."""
     return {
-        "kind": load.device.label.partition(":")[0],
+        "kind": label.partition(":")[0],
         "model": facts.model,
         "abi": facts.abi,
-        "kernel": heard.kernel or facts.release,
+        "kernel": kernel or facts.release,
         "clusters": [{"name": c.name, "cpus": list(c.cpus), "max_khz": c.max_khz, "core": c.core} for c in facts.clusters],
-        "cpus": list(load.cpus),
-        "temperatures": {at: celsius(state) for at, state in heard.states.items()},
-        "khz": {at: state["khz"] for at, state in heard.states.items()},
-        "throttled": bool(throttling(load.cpus, heard)),
+        "cpus": list(cpus),
+        "temperatures": {at: celsius(state) for at, state in states.items()},
+        "khz": {at: state["khz"] for at, state in states.items()},
+        "throttled": bool([*slower, *falling_clocks(cpus, states)]),
         "complete": complete,
     }
 
@@ -278,20 +278,45 @@ def celsius(state: Event) -> dict[str, float]:
     return {zone: value for zone, value in found.items() if -50 < value < 200}
 
 
-def throttling(cpus: Sequence[int], heard: Heard) -> list[str]:
-    """What says that the device slowed down in the run: clocks that fell, or rounds that took longer, by more than a tenth."""
+def falling_clocks(cpus: Sequence[int], states: Mapping[str, Event]) -> list[str]:
+    """The used processors whose clock fell by more than a tenth in the run."""
+    if not {"before", "after"} <= set(states):
+        return []
+    before, after = (_clocks(cpus, states[at]) for at in ("before", "after"))
+    fell = [cpu for cpu in sorted(set(before) & set(after)) if after[cpu] < THROTTLED * before[cpu]]
+    return [f"cpu {cpu} fell from {before[cpu] / 1e6:.2f} to {after[cpu] / 1e6:.2f} GHz" for cpu in fell]
+
+
+def slowing(times: Mapping[str, Sequence[Sequence[float]]]) -> list[str]:
+    """The engines whose last third of rounds took longer than the first, by more than a tenth."""
     found = []
-    if {"before", "after"} <= set(heard.states):
-        before, after = (heard.states[at]["khz"] for at in ("before", "after"))
-        for cpu in sorted(set(before) & set(after) & ({str(cpu) for cpu in cpus} or set(before)), key=lambda cpu: (len(cpu), cpu)):
-            if after[cpu] < THROTTLED * before[cpu]:
-                found.append(f"cpu {shown(cpu, 8)[1:-1]} fell from {before[cpu] / 1e6:.2f} to {after[cpu] / 1e6:.2f} GHz")
-    for name, rounds in heard.times.items():
-        medians = [float(np.median(times)) for times in rounds]
+    for name, rounds in times.items():
+        medians = [float(np.median(each)) for each in rounds]
         third = len(medians) // 3
         if third and np.median(medians[:third]) < THROTTLED * np.median(medians[-third:]):
             found.append(f"{name} slowed down from {np.median(medians[:third]):.3g} to {np.median(medians[-third:]):.3g} ms")
     return found
+
+
+def notes(facts: Facts, label: str, cpus: Sequence[int], kernel: str, states: Mapping[str, Event], slower: Sequence[str]) -> list[str]:
+    """The device in words, for under the table."""
+    found = [f"device {label}: {facts.model or facts.machine}, {facts.abi}, {kernel or facts.release}"]
+    found += [f"cluster {cluster}" for cluster in facts.clusters if len(facts.clusters) > 1]
+    if facts.cpus:
+        found.append(f"pinned to cpu {ranges(cpus)}" if cpus else "not pinned to processors")
+    for at in ("before", "after"):
+        if at in states:
+            warm, used = celsius(states[at]), _clocks(cpus, states[at]).values()
+            parts = [f"hottest zone {max(warm.values()):.0f} °C ({max(warm, key=warm.__getitem__)})"] if warm else []
+            parts += [f"clock {min(used) / 1e6:.2f} to {max(used) / 1e6:.2f} GHz"] if used else []
+            found.append(f"{at}: {', '.join(parts) or 'no temperatures or clocks told'}")
+    return found + [f"warning: throttled? {what}" for what in (*falling_clocks(cpus, states), *slower)]
+
+
+def _clocks(cpus: Sequence[int], state: Event) -> dict[int, float]:
+    """kHz by processor, of those used."""
+    known = {int(cpu): khz for cpu, khz in state["khz"].items() if cpu.isascii() and cpu.isdigit() and len(cpu) < 5}
+    return {cpu: khz for cpu, khz in known.items() if cpu in cpus or not cpus}
 
 
 def _times(protocol: timing.Protocol) -> list[str]:
@@ -363,7 +388,7 @@ def _row(load: Load, heard: Heard, name: str, difference: float, threads: int, s
         ticketkit=__version__,
         commit=machine.commit(),
         timestamp=started,
-        device=described(load, heard, complete),
+        device=about(load.facts, load.device.label, load.cpus, heard.kernel, heard.states, slowing(heard.times), complete),
     )
 
 
@@ -371,21 +396,3 @@ def _with_ratios(found: Sequence[DeviceRow], heard: Heard) -> list[rows.Row]:
     baseline, ratios = rows.ratios(heard.times, [row.engine for row in found if row.multiplies_zeros])
     told = {row.engine: ratios.get(row.engine, (None, None)) for row in found}
     return [replace(row, baseline=baseline, speedup=told[row.engine][0], speedup_rounds=told[row.engine][1]) for row in found]
-
-
-def _notes(load: Load, heard: Heard) -> list[str]:
-    """The device in words, for under the table."""
-    facts = load.facts
-    notes = [f"device {load.device.label}: {facts.model or facts.machine}, {facts.abi}, {heard.kernel or facts.release}"]
-    notes += [f"cluster {cluster}" for cluster in facts.clusters if len(facts.clusters) > 1]
-    notes.append(f"pinned to cpu {ranges(load.cpus)}" if load.cpus else "not pinned to processors")
-    for at in ("before", "after"):
-        if at in heard.states:
-            warm = celsius(heard.states[at])
-            clocks = {int(cpu): khz for cpu, khz in heard.states[at]["khz"].items() if cpu.isascii() and cpu.isdigit() and len(cpu) < 5}
-            used = [khz for cpu, khz in clocks.items() if cpu in load.cpus or not load.cpus]
-            parts = [f"hottest zone {max(warm.values()):.0f} °C ({max(warm, key=warm.__getitem__)})"] if warm else []
-            parts += [f"clock {min(used) / 1e6:.2f} to {max(used) / 1e6:.2f} GHz"] if used else []
-            notes.append(f"{at}: {', '.join(parts) or 'no temperatures or clocks told'}")
-    notes += [f"warning: throttled? {what}" for what in throttling(load.cpus, heard)]
-    return notes
