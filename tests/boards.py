@@ -102,6 +102,34 @@ os.write(1, b"\\n\\xff\\xfe not utf-8\\n")
 say("end")
 """
 
+# The same for ticketkit-layers, of the layers that $FAKE_LAYERS names; after the first one $FAKE_DO happens.
+LAYERS = """#!{python} -ESs
+import json, os, signal, sys
+do, words = os.environ.get("FAKE_DO", ""), sys.argv[1:]
+def say(event, **fields):
+    os.write(1, (json.dumps(dict(event=event, **fields)) + "\\n").encode())
+with open(os.environ["FAKE_LOG"], "a") as log:
+    print("runner", *words, sep="\\n", file=log)
+assert os.path.isfile(words[0])
+say("device", machine="aarch64", isa="neon", kernel="Linux 6.1")
+for i, name in enumerate(json.loads(os.environ["FAKE_LAYERS"])):
+    if i == 1 and do == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if i == 1 and do.startswith("{{"):
+        os.write(1, do.replace("LAYER", name).encode() + b"\\n")
+    counts = dict(weights=576, nnz=58, multiply_adds=2088, multiply_adds_dense=20736)
+    say("layer", layer=name, op="conv2d", shape=[1, 8, 6, 6, 8, 3, 3, 1, 1, 1], **counts)
+    for engine, ms in (("sparse", 1.0), ("dense", 4.0), ("xnnpack-dense", 3.0)):
+        ok = not (do == "wrong" and i == 1 and engine == "sparse")
+        off = dict(max_abs_diff=1e-6 if ok else 0.5, max_abs_output=2.0, tolerance=1e-5)
+        say("checked", layer=name, engine=engine, format="csr" if engine == "sparse" else "dense", ok=ok, **off)
+        if ok and "--check-only" not in words:
+            for k in range(int(words[words.index("--rounds") + 1])):
+                say("round", layer=name, engine=engine, format="csr", round=k, ms=[ms + 0.5 * k])
+say("end")
+sys.exit(do == "wrong")
+"""
+
 
 class Board:
     """A fake device and what happened on it. `do` is for the next run of the fake runner."""
@@ -115,6 +143,7 @@ class Board:
         program(clients / "ssh", SSH)
         program(clients / "adb", ADB)
         self.network = program(folder / "ticketkit-network", RUNNER.format(python=sys.executable))
+        self.layers = program(folder / "ticketkit-layers", LAYERS.format(python=sys.executable))
         self.library = program(folder / "library", "a library\n")
         for name, value in {"FAKE_BIN": self.bin, "FAKE_ROOT": self.root, "FAKE_LOG": self.log, "TMPDIR": self.root}.items():
             monkeypatch.setenv(name, str(value))
@@ -143,7 +172,7 @@ class Board:
 
     def runners(self, model: Path) -> None:
         """Let every ABI have the fake runner, and it the right outputs of this model."""
-        files = {_runner.NETWORK: self.network, _runner.LAYERS: self.network, _runner.OPERATORS: self.library}
+        files = {_runner.NETWORK: self.network, _runner.LAYERS: self.layers, _runner.OPERATORS: self.library}
         self.monkeypatch.setattr(_runner, "programs", lambda abi, names, given, say=None: {name: files[name] for name in names})
         self.monkeypatch.setattr(_runner, "onnxruntime", lambda abi, given, say=None: self.library)
         scratch = self.folder / "scratch"

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from ticketkit import doctor
-from ticketkit.bench import engines
+from ticketkit.bench import devices, engines
 
 native = pytest.importorskip("ticketkit.runtime.native")
 
@@ -33,6 +33,10 @@ def test_findings_are_complete_and_true():
     assert found["engines"]["onnxruntime"] == {"usable": True, "why_not": "", "multiplies_zeros": True}
     assert all(bool(e["why_not"]) != e["usable"] for e in found["engines"].values())
     assert found["packages"]["numpy"]
+    assert set(found["devices"]) == set(devices.names())
+    assert all(bool(device["why_not"]) != device["usable"] for device in found["devices"].values())
+    abis = ("aarch64-linux", "x86_64-linux", "aarch64-android")
+    assert set(found["runners"]) == {f"{abi}, {what}" for abi in abis for what in ("models", "layers")}
 
 
 def test_json_and_tables_say_the_same():
@@ -40,7 +44,7 @@ def test_json_and_tables_say_the_same():
     assert as_json.returncode == as_table.returncode == 0, as_json.stderr + as_table.stderr
     found = json.loads(as_json.stdout)
     isas = [f"ISA {isa['name']}" for isa in found["library"]["isas"]]
-    for expected in (found["cpu"]["name"], found["python"], *isas, *found["engines"], *found["packages"]):
+    for expected in (found["cpu"]["name"], found["python"], *isas, *found["engines"], *found["packages"], "ssh:[USER@]HOST[:PORT]"):
         assert expected in as_table.stdout
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -11,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ticketkit import __version__
-from ticketkit.bench import engines, machine
+from ticketkit.bench import devices, engines, machine
+from ticketkit.bench.devices import _runner
 from ticketkit.errors import KernelError
 
 PACKAGES = (
@@ -36,12 +38,14 @@ def examine() -> dict[str, Any]:
         "library": _library(),
         "packages": {name: _version(name) for name in PACKAGES},
         "engines": {name: _engine(name) for name in engines.names()},
+        "devices": {name: _device(name) for name in devices.names()},
+        "runners": _runner.buildable(),
     }
 
 
 def render(found: dict[str, Any]) -> RenderableType:
     """The findings as tables."""
-    return Group(_machine(found), _engines(found), _packages(found))
+    return Group(_machine(found), _engines(found), _devices(found), _runners(found), _packages(found))
 
 
 def _library() -> dict[str, Any]:
@@ -65,6 +69,12 @@ def _engine(name: str) -> dict[str, Any]:
     engine = engines.get(name)
     usable, why = engine.available()
     return {"usable": usable, "why_not": why, "multiplies_zeros": engine.MULTIPLIES_ZEROS}
+
+
+def _device(name: str) -> dict[str, Any]:
+    kind = devices.get(name)
+    usable, why = kind.available()
+    return {"usable": usable, "why_not": why, "usage": kind.USAGE, "client": shutil.which(kind.CLIENT) if kind.CLIENT else None}
 
 
 def _version(package: str) -> str | None:
@@ -95,6 +105,20 @@ def _engines(found: dict[str, Any]) -> Table:
     for name, engine in found["engines"].items():
         zeros = "multiplied" if engine["multiplies_zeros"] else "skipped"
         table.add_row(name, Text("yes" if engine["usable"] else f"no: {engine['why_not']}"), zeros)
+    return table
+
+
+def _devices(found: dict[str, Any]) -> Table:
+    table = Table("device", "usable", "client", title="devices of `ticketkit bench --device`", title_justify="left")
+    for device in found["devices"].values():
+        table.add_row(Text(device["usage"]), Text("yes" if device["usable"] else f"no: {device['why_not']}"), Text(device["client"] or "-"))
+    return table
+
+
+def _runners(found: dict[str, Any]) -> Table:
+    table = Table("runner for", "here", title="runners for devices", title_justify="left")
+    for what, how in found["runners"].items():
+        table.add_row(what, Text(how))
     return table
 
 

@@ -22,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ticketkit.bench.devices import shown
+from ticketkit.bench.devices._facts import ABIS
 from ticketkit.bench.machine import ROOT
 from ticketkit.errors import DeviceError, KernelError
 from ticketkit.runtime import native
@@ -126,6 +127,18 @@ def preset(abi: str, names: Sequence[str]) -> str:
             "no compiler for 64-bit ARM Linux: pip install 'ticketkit[device]' has one (ziglang), as has Debian's g++-aarch64-linux-gnu"
         )
     raise DeviceError(f"no runner for {abi}: it can only be built on such a machine; build it there and give it with --runner DIR")
+
+
+def buildable() -> dict[str, str]:
+    """{"ABI, what is measured": how its runner would be built here, or what is missing}, for `ticketkit doctor`."""
+    found = {}
+    for abi in ABIS:
+        for what, names in (("models", (NETWORK, OPERATORS)), ("layers", (LAYERS,))):
+            try:
+                found[f"{abi}, {what}"] = f"built by the preset {preset(abi, names)}"
+            except DeviceError as error:
+                found[f"{abi}, {what}"] = f"no: {error}"
+    return found
 
 
 def _here(abi: str) -> bool:
