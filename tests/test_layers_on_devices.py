@@ -116,8 +116,9 @@ def test_the_real_runner_agrees_and_is_timed(model, capsys):
 
 
 @pytest.mark.skipif(not has_layers(ARM) or not qemu.available()[0], reason="no $TICKETKIT_RUNNER_AARCH64 or no qemu-aarch64-static")
-def test_emulated_layers_have_instructions_and_no_times(model, capsys):
-    target = _run.Target("qemu", runner=ARM)
+def test_emulated_layers_have_instructions_and_no_times(tmp_path, capsys):
+    target, model = _run.Target("qemu", runner=ARM), tmp_path / "net.onnx"
+    onnx.save(conv_net(0.95, channels=24, batch=1), model)
     report = _layers.measure(target, model, ["sparse"], PROTOCOL, instructions=True)
     assert not report.failures
     for row in report.rows:

@@ -120,7 +120,8 @@ def _layers_table(report: _layers.Report) -> RenderableType:
         best = min((totals[engine] for engine in _layers.DENSE if totals.get(engine)), default=nan)
         ratio = f"{best / totals['sparse']:.2f}" if best > 0 else "-"
         grid.add_row("all sparse layers", "", "", "", *(_cell(totals[engine], report.emulated) for engine in engines), ratio)
-    notes = [SIMULATED if report.emulated else "medians in ms; × dense: the faster dense engine of that layer over sparse"]
+    timed = "medians in ms; × dense: the faster dense engine of that layer over sparse"
+    notes = [f"instructions of one run; {SIMULATED}" if report.emulated else timed]
     if not any(name.startswith("xnnpack") for name in engines):
         notes.append("dense is a plain product of the runner's own, built to run anywhere: no baseline to quote")
     notes.append("shape: channels x height x width -> channels, kernel / stride; every result agreed with double precision")
@@ -138,7 +139,7 @@ def _value(row: _layers.LayerRow | None) -> float:
 def _cell(value: float, emulated: bool) -> str:
     if not value > 0:
         return "-"
-    return f"{value:,.0f}" if emulated else table.milliseconds(value)
+    return f"{value / 1e6:.4g} M" if emulated else table.milliseconds(value)
 
 
 def _shape(row: _layers.LayerRow) -> str:
