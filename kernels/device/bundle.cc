@@ -17,6 +17,8 @@ constexpr char kMagic[] = "TKBUNDLE";
 constexpr uint32_t kVersion = 1;
 constexpr int64_t kMostBytes = int64_t{1} << 31;
 
+static_assert(sizeof(tk_conv2d) == 17 * sizeof(int64_t) && sizeof(tk_tuning) == 3 * sizeof(int32_t), "the fields that bundle.h lists");
+
 class Reader {
  public:
   Reader(const uint8_t* bytes, size_t size) : at_(bytes), left_(size) {}

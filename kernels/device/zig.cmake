@@ -9,3 +9,5 @@ if(NOT python)
 endif()
 set(CMAKE_CXX_COMPILER "${python}" -m ziglang c++ -target ${TICKETKIT_ZIG_TARGET})
 set(CMAKE_CXX_FLAGS_INIT "-fno-sanitize=undefined")  # zig adds it by itself where it does not optimise
+set(CMAKE_EXE_LINKER_FLAGS_INIT "-s")  # it leaves debug information in
+set(CMAKE_SHARED_LINKER_FLAGS_INIT "-s")
