@@ -52,6 +52,11 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def first() -> torch.device:
+    """The device that torch uses when told "cuda"."""
+    return torch.device("cuda")
+
+
 def require(device: torch.device) -> None:
     """KernelError, naming what is missing and what to do, where the kernels cannot run on that device."""
     if find_spec("triton") is None:
