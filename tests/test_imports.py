@@ -45,6 +45,13 @@ ROOMS["quickstart"] = (set(ROOMS), {"rich", "torch", "torchvision", "numpy", "on
 ROOMS["cli"] = (set(ROOMS), {"click", "rich", "numpy", "PIL"})
 VERBS_ONLY = {("exporters", "search"), ("exporters", "capture")}  # `export` of a run directory reaches torch through these, lazily
 MORE = {  # file -> packages that it may use beside those of its room
+    "runtime/gpu/__init__.py": {"torch"},
+    "runtime/gpu/launch.py": {"torch", "triton"},
+    "runtime/gpu/weight.py": {"torch"},
+    "runtime/torch_cache.py": {"torch"},
+    "runtime/torch_cpu.py": {"torch"},
+    "runtime/torch_gpu.py": {"torch"},
+    "runtime/torch_modules.py": {"torch"},
     "runtime/torch_op.py": {"torch"},
     "runtime/torch_graph.py": {"torch", "onnx"},
     "runtime/torch_operators.py": {"torch", "onnx"},

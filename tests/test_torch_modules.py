@@ -1,313 +1,202 @@
-"""Any torch in: modules as they come, pruned by whatever means."""
+"""sparsify_ and densify_: networks give the same outputs, train on, compile and export, and say what they left dense."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from graphs import Array, normal, run, weights
+from graphs import normal, pruned
 
 torch = pytest.importorskip("torch")
 from torch import Tensor, nn  # noqa: E402
-from torch.nn.utils import parametrize, prune  # noqa: E402
 
 import ticketkit  # noqa: E402
-from ticketkit import capture  # noqa: E402
-from ticketkit.capture import bake, trace  # noqa: E402
-from ticketkit.errors import ExportError, ModelError  # noqa: E402
-from ticketkit.lower import read  # noqa: E402
-
-torch.set_num_threads(1)
+from ticketkit.errors import KernelError  # noqa: E402
+from ticketkit.runtime.torch_modules import SparseConv2d, SparseLinear, Swap, densify_, sparsify_  # noqa: E402
 
 
 class Net(nn.Module):
-    """Convolutions wide enough to run sparse, BatchNorm and a head: images [N, 3, 24, 24] -> [N, 10]."""
+    """Every kind of layer that is swapped, and some that are not."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, 64, 3, padding=1)
-        self.conv1 = nn.Conv2d(64, 64, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(64)
-        self.conv2 = nn.Conv2d(64, 64, 3, padding=1)
-        self.head = nn.Linear(64, 10)
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.same = nn.Conv2d(16, 24, (2, 3), padding="same", bias=False)
+        self.depthwise = nn.Conv2d(24, 24, 3, padding=1, groups=24)
+        self.grouped = nn.Conv2d(24, 24, 3, padding=1, groups=2)
+        self.strided = nn.Conv2d(24, 20, 3, stride=2, padding=(1, 2), dilation=(1, 2))
+        self.twice = nn.Conv2d(20, 20, 1)
+        self.head = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 5))
+        for i, layer in enumerate([self.same, self.depthwise, self.grouped, self.strided, self.twice, self.head[0]]):
+            with torch.no_grad():
+                layer.weight.copy_(torch.from_numpy(pruned(tuple(layer.weight.shape), 0.8, seed=i)))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.stem(x))
-        x = torch.relu(self.norm(self.conv1(x)))
-        return self.head(torch.relu(self.conv2(x)).mean((2, 3)))
+        x = torch.relu(self.strided(self.grouped(self.depthwise(self.same(torch.relu(self.stem(x)))))))
+        return self.head(self.twice(self.twice(x)).mean((2, 3)))
 
 
+@pytest.fixture
 def net() -> Net:
     torch.manual_seed(0)
-    module = Net()
+    return Net().eval()
+
+
+X = torch.from_numpy(normal(3, 3, 13, 11))
+
+
+def test_outputs_stay(net: Net) -> None:
+    before, state = net(X), copy.deepcopy(net.state_dict())
+    report = {swap.name: swap for swap in sparsify_(net)}
+    torch.testing.assert_close(net(X), before, rtol=1e-4, atol=1e-5)
+    sparse = {name for name, swap in report.items() if swap.format != "dense"}
+    assert sparse == {"same", "depthwise", "strided", "twice", "head.0"}
+    assert "2 groups" in report["grouped"].reason and "50% are where bsr gains on cpu" in report["stem"].reason
+    assert report["same"].sparsity == pytest.approx(0.8, abs=0.01) and "80" in repr(net.same)
+    assert isinstance(net.same, SparseConv2d) and isinstance(net.head[0], SparseLinear) and type(net.head[2]) is nn.Linear
+    assert torch.equal(net.strided.weight, state["strided.weight"])
+    assert sorted(densify_(net)) == sorted(sparse)
+    assert torch.equal(net(X), before)
+    after = net.state_dict()
+    assert list(after) == list(state) and all(torch.equal(after[key], state[key]) for key in state)
+    assert densify_(net) == []
+
+
+def test_the_public_verbs_are_these() -> None:
+    assert ticketkit.sparsify_ is sparsify_ and ticketkit.densify_ is densify_
+
+
+def test_kept_weights_learn_and_zeros_stay(net: Net) -> None:
+    dense = copy.deepcopy(net).train()
+    sparse = {f"{swap.name}.weight" for swap in sparsify_(net.train()) if swap.format != "dense"}
+    zeros = {name: p == 0 for name, p in dense.named_parameters() if name in sparse}
+    wanted = torch.from_numpy(normal(3, 5, seed=8))
+
+    def train(network: nn.Module) -> list[float]:
+        sgd, losses = torch.optim.SGD(network.parameters(), lr=0.1), []
+        for _ in range(4):
+            loss = (network(X) - wanted).square().mean()
+            sgd.zero_grad()
+            loss.backward()
+            if network is dense:  # what masks do in dense training
+                for name, p in network.named_parameters():
+                    if name in zeros:
+                        p.grad.masked_fill_(zeros[name], 0)
+            sgd.step()
+            losses.append(loss.item())
+        return losses
+
+    assert train(net) == pytest.approx(train(dense), rel=1e-4)
+    densify_(net)
+    for (name, p), q in zip(net.named_parameters(), dense.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
+        if name in zeros:
+            assert not p[zeros[name]].any()
+
+
+def test_fillers_do_not_learn() -> None:
+    """Weights further apart than a gap reaches have stored zeros between them."""
+    layer = nn.Linear(70000, 2)
     with torch.no_grad():
-        module.norm.running_mean.normal_()
-        module.norm.running_var.uniform_(0.5, 2)
-    return module
+        layer.weight.zero_()
+        layer.weight[0, 0] = layer.weight[1, 69999] = 1.0
+    net = nn.Sequential(layer)
+    sparsify_(net)
+    sparse = net[0]
+    assert isinstance(sparse, SparseLinear) and sparse.kept is not None and sparse.values.numel() > 2
+    net(torch.ones(1, 70000)).sum().backward()
+    assert int((sparse.values.grad != 0).sum()) == 2
 
 
-IMAGE = torch.zeros(1, 3, 24, 24)
-
-
-def by_magnitude(module: Net) -> None:
-    for layer in (module.conv1, module.conv2):
-        prune.l1_unstructured(layer, "weight", amount=0.9)
-
-
-def globally(module: Net) -> None:
-    prune.global_unstructured([(module.conv1, "weight"), (module.conv2, "weight")], prune.L1Unstructured, amount=0.9)
-
-
-def twice(module: Net) -> None:
-    """A PruningContainer, and a bias."""
-    globally(module)
-    prune.random_unstructured(module.conv1, "weight", amount=0.5)
-    prune.random_unstructured(module.conv2, "bias", amount=0.5)
-
-
-def by_parametrization(module: Net) -> None:
-    class Masked(nn.Module):
-        def __init__(self, mask: Tensor) -> None:
-            super().__init__()
-            self.register_buffer("mask", mask)
-
-        def forward(self, weight: Tensor) -> Tensor:
-            return weight * self.mask
-
-    for layer in (module.conv1, module.conv2):
-        parametrize.register_parametrization(layer, "weight", Masked((torch.rand_like(layer.weight) > 0.9).float()))
-
-
-def in_place(module: Net) -> None:
+def test_masks_decide(net: Net) -> None:
+    """A kept weight of zero learns; a layer without a mask stays dense; arrays and tensors, by either name."""
+    kept = np.zeros((20, 20, 1, 1), bool)
+    kept[:3, :3] = True
     with torch.no_grad():
-        for layer in (module.conv1, module.conv2):
-            layer.weight[torch.rand_like(layer.weight) < 0.9] = 0
+        net.twice.weight[0, 0] = 0.0
+    report = {swap.name: swap for swap in sparsify_(net, {"twice.weight": kept, "head.0": torch.ones(32, 20)})}
+    assert report["twice"].format == "csr" and report["same"].reason == "no mask"
+    assert report["head.0"].reason.startswith("0.0% zeros")
+    assert net.twice.values.numel() == 9
+    with pytest.raises(KernelError, match=r"masks\['twice'\]: expected shape \[20, 20, 1, 1\], got \[2, 2\]"):
+        sparsify_(Net(), {"twice": np.ones((2, 2))})
 
 
-PRUNED = [by_magnitude, globally, twice, by_parametrization, in_place]
+def test_blocks_are_seen() -> None:
+    blocks = np.repeat(np.random.default_rng(0).random((8, 32)) < 0.2, 4, axis=0)
+    net = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32))
+    with torch.no_grad():
+        for layer, mask in zip(net, (blocks, blocks.T, pruned((32, 32), 0.8) != 0), strict=True):
+            layer.weight.mul_(torch.from_numpy(np.ascontiguousarray(mask)))
+    x = torch.from_numpy(normal(5, 32))
+    before = net(x)
+    assert [swap.format for swap in sparsify_(net)] == ["bsr", "bsr1x4", "csr"]
+    torch.testing.assert_close(net(x), before, rtol=1e-4, atol=1e-5)
+    densify_(net)
+    assert [swap.format for swap in sparsify_(net, format="csr")] == ["csr"] * 3
 
 
-def snapshot(module: nn.Module) -> dict[str, Any]:
-    """All that an export must not change."""
-    tensors = {name: (id(t), t._version, t.requires_grad) for name, t in (*module.named_parameters(), *module.named_buffers())}
-    hooks = {name: [id(hook) for hook in part._forward_pre_hooks.values()] for name, part in module.named_modules()}
-    return {"tensors": tensors, "hooks": hooks, "training": {name: part.training for name, part in module.named_modules()}}
+def test_hooks_modes_and_frozen_weights_go_along(net: Net) -> None:
+    seen: list[str] = []
+    net.same.register_forward_hook(lambda *_: seen.append("same"))
+    net.same.weight.requires_grad_(False)
+    net.same.train()
+    for swap in (sparsify_, densify_):
+        swap(net)
+        net(X)
+        assert seen.pop() == "same" and not seen and net.same.training
+        assert not next(iter(net.same.parameters())).requires_grad
 
 
-# Modules ------------------------------------------------------------------------------------------------------------------------
+def test_copies_and_state_dicts(net: Net) -> None:
+    sparsify_(net)
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        other.same.values.zero_()
+    assert not torch.equal(other(X), net(X))
+    other.load_state_dict(net.state_dict())
+    assert torch.equal(other(X), net(X))
 
 
-@pytest.mark.parametrize("pruner", [twice, by_parametrization], ids=lambda f: f.__name__)
-def test_a_pruned_module_exports_as_it_computes(pruner: Callable[[Net], None], tmp_path: Path) -> None:
-    module = net()
-    pruner(module)
-    module.train()
-    module.norm.eval()  # a mixture that must stay
-    module(torch.rand(2, 3, 24, 24)).sum().backward()  # its weights are now what autograd computed
-    before, state = snapshot(module), {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    report = ticketkit.export(module, tmp_path / "net.onnx", example_inputs=IMAGE)
-    assert snapshot(module) == before
-    assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
-    assert [c.engine for c in report.comparisons] == ["onnxruntime", "ticketkit", "the torch module"]
-    assert len(report.plan.sparse) == 2
-    assert report.plan.prunable_sparsity == pytest.approx(0.9, abs=0.06 if pruner is twice else 0.01)
-    session = ticketkit.InferenceSession(tmp_path / "net.onnx", threads=1)
-    module.eval()
-    for batch in (1, 5):
-        x = normal(batch, 3, 24, 24, seed=batch)
-        with torch.no_grad():
-            expected = module(torch.from_numpy(x)).numpy()
-        np.testing.assert_allclose(session.run(None, {"input": x})[0], expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("pruner", PRUNED, ids=lambda f: f.__name__)
-def test_baked_is_plain(pruner: Callable[[Net], None]) -> None:
-    module = net()
-    pruner(module)
-    module.eval()
-    before, x = snapshot(module), torch.rand(2, 3, 24, 24)
-    baked = bake(module)
-    assert snapshot(module) == before and torch.equal(baked(x), module(x))
-    assert baked.state_dict().keys() == net().state_dict().keys()
-    assert not baked.training and not any(part._forward_pre_hooks for part in baked.modules())
-    assert not any(parametrize.is_parametrized(part) for part in baked.modules())
-    for name in ("conv1", "conv2"):
-        torch.testing.assert_close(baked.get_submodule(name).weight, module.get_submodule(name).weight, rtol=0, atol=0)
-    copy.deepcopy(baked)
-    net().load_state_dict(baked.state_dict())
-
-
-def test_images_need_no_example(tmp_path: Path) -> None:
-    module = net()
-    by_magnitude(module)
-    report = ticketkit.export(module, tmp_path / "net.onnx", input_shape=(3, 24, 24), check=False)
-    assert report.plan.inputs == {"input": (1, 3, 24, 24)}
-    assert {"conv1.values", "conv1.gaps", "conv1.bias", "stem.weight"} <= weights(read(tmp_path / "net.onnx")).keys()
+def test_compile_and_export(net: Net, tmp_path: Path) -> None:
+    sparsify_(net)
+    expected = net(X)
+    torch.testing.assert_close(torch.compile(net, backend="aot_eager", fullgraph=True)(X), expected)
+    program = torch.export.export(net, (X,), dynamic_shapes={"x": {0: torch.export.Dim("batch")}})
+    torch.export.save(program, tmp_path / "net.pt2")
+    torch.testing.assert_close(torch.export.load(tmp_path / "net.pt2").module()(X[:2]), expected[:2])
 
 
 @pytest.mark.parametrize(
-    "wrap", [nn.DataParallel, lambda m: torch.compile(m, backend="eager"), lambda m: nn.DataParallel(nn.DataParallel(m))]
-)
-def test_wrappers_are_taken_off(wrap: Callable[[nn.Module], nn.Module]) -> None:
-    module = net()
-    by_magnitude(module)
-    baked = bake(wrap(module))
-    assert type(baked) is Net and baked.state_dict().keys() == net().state_dict().keys()
-
-
-class Tied(nn.Module):
-    """One weight for two layers, of which one may be pruned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
-        self.second.weight = self.first.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.relu(self.first(x)))
-
-
-@pytest.mark.parametrize("pruned", [[], ["first"], ["second"], ["first", "second"]], ids=str)
-@pytest.mark.parametrize("how", ["hook", "parametrization"])
-def test_tied_weights_stay_what_each_layer_uses(pruned: list[str], how: str) -> None:
-    torch.manual_seed(0)
-    module = Tied().eval()
-    for name in pruned:
-        layer = module.get_submodule(name)
-        if how == "hook":
-            prune.random_unstructured(layer, "weight", amount=0.5)
-        else:
-            parametrize.register_parametrization(layer, "weight", nn.Threshold(0.05, 0))
-    x, baked = torch.rand(3, 16), bake(module)
-    assert torch.equal(baked(x), module(x)) and (baked.first.weight is baked.second.weight) == (not pruned)
-
-
-def test_a_tied_weight_is_stored_once() -> None:
-    model = trace(Tied(), torch.zeros(1, 16)).model
-    assert sum(array.ndim == 2 for array in weights(model).values()) == 1
-
-
-class Several(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding, self.conv, self.scale = nn.Embedding(7, 4), nn.Conv2d(3, 4, 3), nn.Parameter(torch.ones(4))
-
-    def forward(self, image: Tensor, label: Tensor, *more: Tensor, shift: Tensor | None = None) -> dict[str, Any]:
-        y = self.conv(image).mean((2, 3)) * self.scale + self.embedding(label)
-        y = y + sum(more) if more else y
-        return {"sum": y if shift is None else y + shift, "rest": [y.mean(1), (y.amax(1),)]}
-
-
-def feeds_of(module: nn.Module, examples: Any, batch: int) -> dict[str, Array]:
-    """Inputs by name for another batch."""
-    captured = trace(module, examples)
-    feeds = {}
-    for info in captured.model.graph.input:
-        dims = [d.dim_value or batch for d in info.type.tensor_type.shape.dim]
-        assert dims and (info.name == "shift" or info.type.tensor_type.shape.dim[0].dim_param == "batch")
-        integer = info.type.tensor_type.elem_type == 7
-        feeds[info.name] = np.arange(batch, dtype=np.int64) % 7 if integer else normal(*dims, seed=len(feeds))
-    for name, array in captured.run(feeds).items():
-        np.testing.assert_allclose(run(captured.model, feeds)[["output", "output_1", "output_2"].index(name)], array, rtol=1e-4, atol=1e-5)
-    return feeds
-
-
-def test_several_inputs_by_position_and_by_name() -> None:
-    torch.manual_seed(0)
-    module, image, label = Several(), torch.zeros(1, 3, 8, 8), torch.zeros(1, dtype=torch.int64)
-    names = {"input", "input_1", "input_2", "input_3"}
-    assert feeds_of(module, [image, label, torch.ones(1, 4), torch.ones(1, 1)], 5).keys() == names
-    batch = {"label": label.repeat(3), "image": image.repeat(3, 1, 1, 1), "shift": torch.ones(4)}
-    assert feeds_of(module, batch, 5).keys() == {"image", "label", "shift"}
-
-
-class OneByOne(nn.Module):
-    """Made for a single image."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.reshape(3, 16).sum(1)
-
-
-def test_a_batch_that_is_not_free_is_fixed() -> None:
-    model = trace(OneByOne(), torch.zeros(1, 3, 4, 4)).model
-    assert [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim] == [1, 3, 4, 4]
-    x = normal(1, 3, 4, 4)
-    np.testing.assert_allclose(run(model, {"input": x})[0], x.reshape(3, -1).sum(1), rtol=1e-5)
-
-
-def test_examples_and_buffers_stay_as_they_are() -> None:
-    class InPlace(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.fc(x.mul_(2))
-
-    x = torch.ones(2, 4)
-    trace(InPlace(), x)
-    assert torch.equal(x, torch.ones(2, 4))
-
-
-class Uncopyable(nn.Module):
-    def __deepcopy__(self, memo: Any) -> None:
-        raise TypeError("cannot pickle 'generator' object")
-
-
-@pytest.mark.parametrize(
-    ("module", "examples", "message"),
+    ("change", "reason"),
     [
-        (lambda: net().to("meta"), IMAGE, "on the meta device"),
-        (Uncopyable, IMAGE, "cannot be copied: cannot pickle"),
-        (net, torch.zeros(1, 4, 24, 24), r"does not take an input of shape \[1, 4, 24, 24\]"),
-        (net, (IMAGE, IMAGE), r"does not take an input of shape \[1, 3, 24, 24\], \[1, 3, 24, 24\]"),
-        (net, {"y": IMAGE}, "does not take an input"),
-        (net, (), "expected at least one tensor"),
-        (net, {}, "expected at least one tensor"),
-        (net, [[IMAGE]], "got a list"),
-        (net, (np.zeros((1, 3, 24, 24)),), "got a ndarray"),
+        (lambda net: nn.utils.prune.random_unstructured(net.same, "weight", 0.5), "made by a hook"),
+        (lambda net: net.same.half(), "no kernels for torch.float16 on cpu"),
+        (lambda net: setattr(net.same, "padding_mode", "reflect"), "padding mode reflect"),
+        (lambda net: net.same.weight.data.fill_(torch.nan), "NaN"),
+        (lambda net: net.same.to("meta"), "no kernels for meta"),
     ],
-    ids=str,
+    ids=["prune", "half", "reflect", "nan", "meta"],
 )
-def test_modules_and_examples_that_do_not_fit(module: Callable[[], nn.Module], examples: Any, message: str, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=message) as caught:
-        ticketkit.export(module(), tmp_path / "net.onnx", example_inputs=examples)
-    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+def test_what_cannot_be_sparse_stays_dense_and_says_why(net: Net, change: Any, reason: str) -> None:
+    import torch.nn.utils.prune  # noqa: F401
+
+    change(net)
+    swap = next(swap for swap in sparsify_(net) if swap.name == "same")
+    assert swap == Swap("same", 0.0, "dense", 0, swap.reason) and reason in swap.reason
+    assert type(net.same) is nn.Conv2d
 
 
-def test_arguments_of_another_source(tmp_path: Path) -> None:
-    out = tmp_path / "out.onnx"
-    for source, given, error, message in (
-        (net(), {}, ModelError, "example_inputs=..., or input_shape"),
-        (net(), {"input_shape": (24,)}, ModelError, "input shape: expected 3 or 4"),
-        (net(), {"example_inputs": IMAGE, "round": 1}, ExportError, "no run directory"),
-        (net(), {"example_inputs": IMAGE, "model": "resnet50"}, ExportError, "--model names the network of a checkpoint"),
-        (tmp_path / "net.onnx", {"example_inputs": IMAGE}, ExportError, "those of a torch module"),
-        (tmp_path / "net.onnx", {"classes": 3}, ExportError, "--classes goes with"),
-        (net, {}, ModelError, "expected a path, .* got a function"),
-        (7, {}, ModelError, "expected a path, .* got a int"),
+def test_wrong_arguments_are_named(net: Net) -> None:
+    for arguments, message in (
+        ({"format": "ell"}, "format: expected auto, csr, bsr or bsr1x4, got 'ell'"),
+        ({"least": 90}, "least: expected a fraction"),
     ):
-        with pytest.raises(error, match=message):
-            ticketkit.export(source, out, **given)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_graph_that_is_not_the_module_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative control of the comparison with torch: a wrong graph agrees with itself, and with everything made of it."""
-    honest = capture._tidy
-
-    def wrong(model: Any) -> Any:
-        model = honest(model)
-        bias = next(t for t in model.graph.initializer if t.name == "head.bias")
-        bias.CopyFrom(capture.onnx.numpy_helper.from_array(capture.onnx.numpy_helper.to_array(bias) * np.float32(1.1), bias.name))
-        return model
-
-    monkeypatch.setattr(capture, "_tidy", wrong)
-    module = net()
-    by_magnitude(module)
-    with pytest.raises(ExportError, match=r"differs from the original by .* in the torch module"):
-        ticketkit.export(module, tmp_path / "net.onnx", example_inputs=IMAGE)
+        with pytest.raises(KernelError, match=message):
+            sparsify_(net, **arguments)
+    with pytest.raises(KernelError, match="got a layer itself"):
+        sparsify_(nn.Linear(3, 3))
+    assert {swap.format for swap in sparsify_(net, format="bsr1x4") if swap.name != "head.0"} == {"dense"}

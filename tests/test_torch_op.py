@@ -20,7 +20,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from ticketkit.errors import FormatError, KernelError  # noqa: E402
 from ticketkit.formats import gaps  # noqa: E402
-from ticketkit.runtime import native, torch_op  # noqa: E402
+from ticketkit.runtime import native, torch_cache, torch_cpu  # noqa: E402
 from ticketkit.runtime.torch_op import sparse_conv2d, sparse_linear  # noqa: E402
 
 # weight, strides, pads, dilations, group; images are [2, weight[1] * group, 13, 11]
@@ -97,7 +97,7 @@ def test_strided_inputs_are_taken() -> None:
 
 
 def test_threads_do_not_change_a_bit(threads: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_op, "SHARED", 0)
+    monkeypatch.setattr(torch_cpu, "SHARED", 0)
     _, operands, options = layer()
     results = []
     for count in (1, 2, 3, 8):
@@ -109,7 +109,7 @@ def test_threads_do_not_change_a_bit(threads: Any, monkeypatch: pytest.MonkeyPat
 
 
 def test_eight_callers_at_once(threads: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_op, "SHARED", 0)
+    monkeypatch.setattr(torch_cpu, "SHARED", 0)
     threads(2)
     _, operands, options = layer()
     images = [torch.from_numpy(normal(1, 32, 8 + i % 3, 8, seed=i)) for i in range(48)]
@@ -124,8 +124,8 @@ def test_eight_callers_at_once(threads: Any, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_forked_child_runs_too() -> None:
     code = """
 import os, torch
-from test_torch_op import layer, normal, sparse_conv2d, torch_op
-torch_op.SHARED = 0
+from test_torch_op import layer, normal, sparse_conv2d, torch_cpu
+torch_cpu.SHARED = 0
 torch.set_num_threads(2)
 _, operands, options = layer()
 x = torch.from_numpy(normal(1, 32, 20, 20))
@@ -164,12 +164,12 @@ def test_a_weight_is_packed_once_for_each_size(packings: list[native.ConvShape])
         sparse_conv2d(torch.zeros(1, 32, size, size), *operands, **options)
     sparse_conv2d(torch.zeros(4, 32, 8, 8), *[t.detach() if isinstance(t, Tensor) else t for t in operands], **options)
     assert [shape.in_h for shape in packings] == [8, 9]
-    for size in range(10, 10 + torch_op.SIZES):  # the oldest go
+    for size in range(10, 10 + torch_cache.MOST):  # the oldest go
         sparse_conv2d(torch.zeros(1, 32, size, size), *operands, **options)
     sparse_conv2d(torch.zeros(1, 32, 17, 17), *operands, **options)
-    assert len(packings) == 2 + torch_op.SIZES
+    assert len(packings) == 2 + torch_cache.MOST
     sparse_conv2d(torch.zeros(1, 32, 8, 8), *operands, **options)
-    assert len(packings) == 3 + torch_op.SIZES
+    assert len(packings) == 3 + torch_cache.MOST
 
 
 def test_a_weight_that_is_gone_is_never_taken_for_another() -> None:
@@ -193,7 +193,7 @@ def test_packed_weights_go_with_their_tensors() -> None:
     gc.collect()
     kept, options = layer()[1:]
     sparse_conv2d(torch.zeros(1, 32, 8, 8), *kept, **options)
-    assert torch_op._weights and not any(weight.gone for weight in torch_op._weights.values())
+    assert torch_cpu.layers.entries and not any(entry.gone for entry in torch_cpu.layers.entries.values())
 
 
 def test_a_weight_changed_in_place_is_packed_again() -> None:
@@ -269,12 +269,54 @@ def test_torch_export_with_a_free_batch(tmp_path: Path) -> None:
 # Refused ------------------------------------------------------------------------------------------------------------------------
 
 
-def test_there_is_no_backward_pass() -> None:
-    _, operands, options = layer()
-    x = torch.zeros(1, 32, 8, 8, requires_grad=True)
-    y = sparse_conv2d(x, *operands, **options)
-    with pytest.raises(KernelError, match="no backward pass"):
-        y.sum().backward()
+def gradients(weight: Array, window: Any, bounds: tuple[float | None, float | None]) -> tuple[list[Tensor], list[Tensor]]:
+    """Gradients of x, values, bias and residual: of the operator, and of torch's dense layer in float64."""
+    shape, strides, pads, dilations, group = window
+    x, bias = torch.from_numpy(normal(2, shape[1] * group, 13, 11, seed=1)), torch.from_numpy(normal(shape[0], seed=2))
+    top, left, bottom, right = pads
+    values, steps = coded(weight)
+    padded = torch.nn.functional.pad(x, (left, right, top, bottom))
+    size = torch.nn.functional.conv2d(padded, torch.from_numpy(weight), None, strides, 0, dilations, group).shape
+    residual = torch.from_numpy(normal(*size, seed=3))
+    wanted = torch.from_numpy(normal(*residual.shape, seed=4))
+    leaves = [t.requires_grad_() for t in (x, values, bias, residual)]
+    y = sparse_conv2d(x, values, steps, bias, residual, shape, strides, pads, dilations, group, *bounds)
+    found = list(torch.autograd.grad(y, leaves, wanted))
+    exact = [t.detach().double().requires_grad_() for t in (x, torch.from_numpy(weight), bias, residual)]
+    padded = torch.nn.functional.pad(exact[0], (left, right, top, bottom))
+    z = torch.nn.functional.conv2d(padded, exact[1], exact[2], strides, 0, dilations, group) + exact[3]
+    low, high = (end if bound is None else bound for bound, end in zip(bounds, (-np.inf, np.inf), strict=True))
+    expected = list(torch.autograd.grad(z.clamp(low, high), exact, wanted.double()))
+    expected[1] = expected[1].reshape(-1)[steps.to(torch.int64).cumsum(0)]
+    return found, expected
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+def test_gradients_are_those_of_the_dense_layer(window: Any) -> None:
+    for bounds in ((None, None), (0.0, None), (-0.5, 0.5)):
+        found, expected = gradients(pruned(window[0], 0.7), window, bounds)
+        for got, exact in zip(found, expected, strict=True):
+            scale = float(exact.abs().max())
+            assert float((got.double() - exact).abs().max()) <= 1e-5 * scale
+            assert float((got.double() - exact.roll(1, 0)).abs().max()) > 1e-2 * scale  # negative control
+
+
+def test_a_sparse_layer_learns() -> None:
+    """SGD on the kept values alone: the loss falls, the pattern stays, and no packed weight of an earlier step is kept."""
+    _, (values, steps, bias, _, shape), options = layer((8, 8, 3, 3))
+    values = values.clone().requires_grad_()
+    x, wanted = torch.from_numpy(normal(4, 8, 6, 6)), torch.from_numpy(normal(4, 8, 6, 6, seed=1))
+    bias = bias.clone().requires_grad_()
+    sgd, losses = torch.optim.SGD([values, bias], lr=0.05), []
+    before = len(torch_cpu.layers.entries)
+    for _ in range(5):
+        loss = (sparse_conv2d(x, values, steps, bias, None, shape, **options) - wanted).square().mean()
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
+    assert len(torch_cpu.layers.entries) <= before + 1
 
 
 @pytest.mark.parametrize(

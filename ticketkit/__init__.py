@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ticketkit.exporters import export
     from ticketkit.runtime.native import library_path as get_library_path
     from ticketkit.runtime.ort import register
+    from ticketkit.runtime.torch_modules import densify_, sparsify_
     from ticketkit.search.find import find
     from ticketkit.session import InferenceSession
     from ticketkit.ticket import Ticket
@@ -30,16 +31,18 @@ _HOME = {  # public name -> (module, name there)
     "Ticket": ("ticketkit.ticket", "Ticket"),
     "TicketkitError": ("ticketkit.errors", "TicketkitError"),
     "compare": ("ticketkit.analysis.compare", "compare"),
+    "densify_": ("ticketkit.runtime.torch_modules", "densify_"),
     "estimate": ("ticketkit.estimator", "estimate"),
     "export": ("ticketkit.exporters", "export"),
     "find": ("ticketkit.search.find", "find"),
     "get_library_path": ("ticketkit.runtime.native", "library_path"),
     "register": ("ticketkit.runtime.ort", "register"),
+    "sparsify_": ("ticketkit.runtime.torch_modules", "sparsify_"),
     "verify": ("ticketkit.verifier", "verify"),
 }
 __all__ = [
-    "InferenceSession", "Ticket", "TicketkitError", "__version__", "compare", "estimate", "export", "find", "get_library_path", "register",
-    "verify",
+    "InferenceSession", "Ticket", "TicketkitError", "__version__", "compare", "densify_", "estimate", "export", "find", "get_library_path",
+    "register", "sparsify_", "verify",
 ]  # fmt: skip
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -20,6 +22,7 @@ PACKAGES = (
     *("numpy", "onnx", "onnxruntime", "safetensors", "click", "rich", "psutil"),  # the base install
     *("torch", "torchvision", "lightning-fabric", "torchmetrics", "onnxscript", "scikit-learn", "pillow"),  # [find]
     "openvino",  # [bench]
+    "triton",  # [gpu]
 )
 
 
@@ -36,6 +39,7 @@ def examine() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": {"name": machine.cpu_name(), "cores": physical, "processors": usable},
         "library": _library(),
+        "gpu": _gpu(),
         "packages": {name: _version(name) for name in PACKAGES},
         "engines": {name: _engine(name) for name in engines.names()},
         "devices": {name: _device(name) for name in devices.names()},
@@ -63,6 +67,21 @@ def _library() -> dict[str, Any]:
     except KernelError as error:  # TICKETKIT_ISA names one that cannot run: the library itself is fine
         found["isa_error"] = str(error)
     return found
+
+
+def _gpu() -> dict[str, Any]:
+    """Whether the GPU kernels run here; importing torch to ask costs seconds, so only where there is a driver."""
+    if find_spec("torch") is None:
+        return {"usable": False, "why_not": "torch is not installed (pip install 'ticketkit[gpu]')"}
+    if not Path("/proc/driver/nvidia/version").exists() and not Path("/dev/kfd").exists():
+        return {"usable": False, "why_not": "no driver of a GPU here"}
+    from ticketkit.runtime import gpu
+
+    try:
+        gpu.require(gpu.first())
+    except KernelError as error:
+        return {"usable": False, "why_not": str(error)}
+    return {"usable": True, "why_not": ""}
 
 
 def _engine(name: str) -> dict[str, Any]:
@@ -95,6 +114,8 @@ def _machine(found: dict[str, Any]) -> Table:
         state = "usable" if isa["usable"] else "built, but not supported by this CPU or system"
         active = ", active" if isa["name"] == library["active"] else ""
         table.add_row(f"ISA {isa['name']}", f"{state}, {isa['lanes']} lanes{active}")
+    gpu = found["gpu"]
+    table.add_row("GPU kernels", Text("usable" if gpu["usable"] else f"no: {gpu['why_not']}"))
     if library["isa_error"]:
         table.add_row("ISA", Text(library["isa_error"]))
     return table

@@ -1,47 +1,40 @@
-"""Sparse convolution and linear layer as torch operators on the CPU; importing this module registers them.
+"""Sparse convolution and linear layer as torch operators; importing this module registers them.
 
     ticketkit::sparse_conv2d(x [N,C,H,W], values [n], gaps u16 [n], bias [M], residual? [N,M,OH,OW], weight_shape, ...) -> [N,M,OH,OW]
     ticketkit::sparse_linear(x [...,K],   values [n], gaps u16 [n], bias [M], weight_shape, ...)                        -> [...,M]
 
-clip(op(x, W) + bias (+ residual), minimum, maximum), with W of `weight_shape` gap-coded (`ticketkit.formats.gaps`); everything but gaps is
-float32. They work under torch.compile and in programs of torch.export, which need this import before `torch.export.load`:
+clip(op(x, W) + bias (+ residual), minimum, maximum), with W of `weight_shape` gap-coded (`ticketkit.formats.gaps`). On a processor the
+native kernels run (`torch_cpu`; all float32), on a GPU the Triton kernels (`torch_gpu`; x float32, float16, bfloat16 or float64, values and
+bias converted to its type). They work under torch.compile and in programs of torch.export, which need this import before
+`torch.export.load`:
 
     import torch, ticketkit.runtime.torch_op
     network = torch.export.load("network.pt2").module()
 
-A weight is validated and packed for the native kernels when an image size first meets it, and stays packed as long as its tensor lives;
-changing it in place packs it again. Work is shared by as many threads as `torch.get_num_threads()` says. The operators are for inference:
-a backward pass through them is an error.
+A weight is validated and packed when a call first meets it (on processors: for each image size), and stays packed as long as its tensors
+live; changing them in place packs it again. On processors work is shared by as many threads as `torch.get_num_threads()` says.
 
-Raised by a call: FormatError for a weight that breaks its format; KernelError for other wrong arguments and where the native library is
-missing.
+x, values, bias and residual have gradients; those of bounded results are zero where a bound holds. On GPUs they cost what the non-zeros
+do. On processors the backward pass multiplies zeros: it is torch's own on the dense weight.
+
+Raised by a call: FormatError for a weight that breaks its format; KernelError for other wrong arguments, and where the native library,
+Triton or a GPU that it can use is missing.
 """
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from math import prod
-from typing import Any, NoReturn, TypeAlias
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from ticketkit.errors import KernelError
-from ticketkit.formats import Parts, matrix
-from ticketkit.runtime import native
-
-Key: TypeAlias = tuple[Any, ...]
-SIZES = 8  # packed forms kept of one weight; of more image sizes the oldest goes
-SHARED = 2_000_000  # multiply-adds; less is done before another thread has woken up
+from ticketkit.runtime import torch_cpu, torch_gpu
 
 _WEIGHT = "Tensor values, Tensor gaps, Tensor bias"
+_WINDOW = "int[] stride=[1, 1], int[] padding=[0, 0, 0, 0], int[] dilation=[1, 1], int groups=1"
 _RUN = 'float? minimum=None, float? maximum=None, str format="csr"'
 
 
@@ -49,8 +42,8 @@ _RUN = 'float? minimum=None, float? maximum=None, str format="csr"'
     "ticketkit::sparse_conv2d",
     mutates_args=(),
     device_types="cpu",
-    schema=f"(Tensor x, {_WEIGHT}, Tensor? residual, int[] weight_shape, int[] stride=[1, 1], int[] padding=[0, 0, 0, 0],"
-    f' int[] dilation=[1, 1], int groups=1, {_RUN}, str x_layout="planes", str y_layout="planes") -> Tensor',
+    schema=f"(Tensor x, {_WEIGHT}, Tensor? residual, int[] weight_shape, {_WINDOW}, {_RUN},"
+    ' str x_layout="planes", str y_layout="planes", int block=0) -> Tensor',
 )
 def sparse_conv2d(
     x: Tensor,
@@ -68,6 +61,7 @@ def sparse_conv2d(
     format: str = "csr",
     x_layout: str = "planes",
     y_layout: str = "planes",
+    block: int = 0,
 ) -> Tensor:
     """A 2-D convolution with a sparse weight.
 
@@ -76,27 +70,35 @@ def sparse_conv2d(
         values, gaps: the weight [M, C / groups, kh, kw]; gaps uint16.
         bias: [M].
         residual: [N, M, OH, OW], added before clipping.
-        padding: top, left, bottom, right; groups: 1, or C for a depthwise one.
+        padding: top, left, bottom, right; groups: 1, or C for a depthwise one (processors only).
         minimum, maximum: of the result; None for no bound.
         format: the form the kernels work on, "csr" or "bsr".
-        x_layout, y_layout: order of the floats of x, and of residual and result (`ticketkit.lower.operators`).
+        x_layout, y_layout: order of the floats of x, and of residual and result (`ticketkit.lower.operators`); "planes" on GPUs.
+        block: GPUs, bsr: side of the blocks, outputs x input channels of a tap: 16, 32, 64 or 128; 0: the largest that is full.
     """
     _expect_window(x, weight_shape, stride, padding, dilation)
-    out_channels, channels, *kernel = weight_shape
-    geometry = (channels * groups, *x.shape[2:], out_channels, *kernel, *stride, *padding, *dilation, groups, x_layout, y_layout)
+    window = stride, padding, dilation, groups
+    return torch_cpu.conv2d(x, values, gaps, bias, residual, weight_shape, *window, minimum, maximum, format, x_layout, y_layout)
 
-    def pack(parts: Parts) -> native.Layer:
-        return native.conv2d(native.ConvShape(*geometry), parts, format=format)
 
-    layer = _packed(values, gaps, weight_shape, (geometry, format), pack)
-    return _run(layer, x, bias, residual, minimum, maximum, values.numel() * prod(layer.out_shape[1:]))
+@sparse_conv2d.register_kernel("cuda")  # type: ignore[untyped-decorator]
+def _conv2d_on_gpu(
+    x: Tensor, values: Tensor, gaps: Tensor, bias: Tensor, residual: Tensor | None, weight_shape: Sequence[int],
+    stride: Sequence[int] = (1, 1), padding: Sequence[int] = (0, 0, 0, 0), dilation: Sequence[int] = (1, 1), groups: int = 1,
+    minimum: float | None = None, maximum: float | None = None, format: str = "csr", x_layout: str = "planes", y_layout: str = "planes",
+    block: int = 0,
+) -> Tensor:  # fmt: skip
+    _expect_window(x, weight_shape, stride, padding, dilation)
+    window = stride, padding, dilation, groups
+    y = torch_gpu.conv2d(x, values, gaps, bias, residual, weight_shape, *window, minimum, maximum, format, x_layout, y_layout, block)
+    return y.contiguous(memory_format=_memory_format(x))
 
 
 @torch.library.custom_op(  # type: ignore[untyped-decorator]
     "ticketkit::sparse_linear",
     mutates_args=(),
     device_types="cpu",
-    schema=f"(Tensor x, {_WEIGHT}, int[] weight_shape, {_RUN}) -> Tensor",
+    schema=f"(Tensor x, {_WEIGHT}, int[] weight_shape, {_RUN}, int block=0) -> Tensor",
 )
 def sparse_linear(
     x: Tensor,
@@ -107,6 +109,7 @@ def sparse_linear(
     minimum: float | None = None,
     maximum: float | None = None,
     format: str = "csr",
+    block: int = 0,
 ) -> Tensor:
     """A fully connected layer with a sparse weight.
 
@@ -115,15 +118,56 @@ def sparse_linear(
         values, gaps: the weight [M, K]; gaps uint16.
         bias: [M].
         minimum, maximum: of the result; None for no bound.
-        format: the form the kernels work on, "csr", "bsr" or "bsr1x4".
+        format: the form the kernels work on, "csr" or "bsr", on processors also "bsr1x4".
+        block: as in `sparse_conv2d`, outputs x inputs.
     """
-    _expect("weight_shape", weight_shape, 2)
-    rows, cols = weight_shape
-    if not x.dim() or x.shape[-1] != cols:
-        raise KernelError(f"x: expected [..., {cols}] for a weight {list(weight_shape)}, got {list(x.shape)}")
-    layer = _packed(values, gaps, weight_shape, (format,), lambda parts: native.gemm(rows, cols, parts, format=format))
-    y = _run(layer, x.reshape(prod(x.shape[:-1]), cols), bias, None, minimum, maximum, values.numel())
-    return y.reshape(*x.shape[:-1], rows)
+    rows = _rows(x, weight_shape)
+    return torch_cpu.linear(rows, values, gaps, bias, weight_shape, minimum, maximum, format).reshape(*x.shape[:-1], weight_shape[0])
+
+
+@sparse_linear.register_kernel("cuda")  # type: ignore[untyped-decorator]
+def _linear_on_gpu(
+    x: Tensor, values: Tensor, gaps: Tensor, bias: Tensor, weight_shape: Sequence[int], minimum: float | None = None,
+    maximum: float | None = None, format: str = "csr", block: int = 0,
+) -> Tensor:  # fmt: skip
+    y = torch_gpu.linear(_rows(x, weight_shape), values, gaps, bias, weight_shape, minimum, maximum, format, block)
+    return y.contiguous().reshape(*x.shape[:-1], weight_shape[0])
+
+
+@torch.library.custom_op(  # type: ignore[untyped-decorator]
+    "ticketkit::sparse_conv2d_backward",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor gradient, Tensor x, Tensor values, Tensor gaps, int[] weight_shape, int[] stride,"
+    " int[] padding, int[] dilation, int groups, str format, int block, bool of_x, bool of_values) -> (Tensor, Tensor)",
+)
+def sparse_conv2d_backward(
+    gradient: Tensor, x: Tensor, values: Tensor, gaps: Tensor, weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int, format: str, block: int, of_x: bool, of_values: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of x [N, C, H, W] and of values [n] from that of conv2d(x, W) [N, M, OH, OW]; empty where they are not asked for."""
+    window = stride, padding, dilation, groups
+    found = torch_cpu.gradients(gradient, x, values, gaps, weight_shape, *window, of_x, of_values)
+    return _as_promised(found, x, values)
+
+
+@sparse_conv2d_backward.register_kernel("cuda")  # type: ignore[untyped-decorator]
+def _backward_on_gpu(
+    gradient: Tensor, x: Tensor, values: Tensor, gaps: Tensor, weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int, format: str, block: int, of_x: bool, of_values: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    window = stride, padding, dilation, groups
+    found = torch_gpu.gradients(gradient, x, values, gaps, weight_shape, *window, format, block, of_x, of_values)
+    return _as_promised(found, x, values)
+
+
+def _as_promised(found: tuple[Tensor | None, Tensor | None], x: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients as the fake kernel has them: of the type of what they are of, in planes, empty for None."""
+    of_x, of_values = found
+    return x.new_empty(0) if of_x is None else of_x.contiguous(), values.new_empty(0) if of_values is None else of_values.to(values.dtype)
+
+
+# Shapes ---------------------------------------------------------------------------------------------------------------------------
 
 
 @sparse_conv2d.register_fake  # type: ignore[untyped-decorator]
@@ -134,7 +178,8 @@ def _conv2d_shape(
     _expect_window(x, weight_shape, stride, padding, dilation)
     ends = zip(x.shape[2:], weight_shape[2:], stride, padding[:2], padding[2:], dilation, strict=True)
     size = [(n + before + after - step * (k - 1) - 1) // s + 1 for n, k, s, before, after, step in ends]
-    return x.new_empty((x.shape[0], weight_shape[0], *size))
+    shape = (x.shape[0], weight_shape[0], *size)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
 
 
 @sparse_linear.register_fake  # type: ignore[untyped-decorator]
@@ -142,68 +187,25 @@ def _linear_shape(x: Tensor, values: Tensor, gaps: Tensor, bias: Tensor, weight_
     return x.new_empty((*x.shape[:-1], weight_shape[0]))
 
 
-def _no_backward(*_: Any) -> NoReturn:
-    raise KernelError(
-        "ticketkit's sparse operators have no backward pass: run them under torch.inference_mode(); train the network they are made from"
-    )
+@sparse_conv2d_backward.register_fake  # type: ignore[untyped-decorator]
+def _backward_shape(gradient: Tensor, x: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    of_x, of_values = rest[-2:]
+    return x.new_empty(x.shape if of_x else (0,)), values.new_empty(values.shape if of_values else (0,))
 
 
-for operator in (sparse_conv2d, sparse_linear):
-    operator.register_autograd(_no_backward)
+def _memory_format(x: Tensor) -> torch.memory_format:
+    """Of the result: on GPUs that of x, on processors planes."""
+    last = x.device.type == "cuda" and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
 
 
-# Packed weights -----------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Weight:
-    """What is packed of one weight, as long as the memory of its values and gaps lives."""
-
-    memory: tuple[StorageWeakRef, ...]
-    forms: dict[Key, native.Layer] = field(default_factory=dict)
-
-    @property
-    def gone(self) -> bool:
-        return any(storage.expired() for storage in self.memory)
-
-
-_weights: dict[Key, _Weight] = {}
-_lock = threading.Lock()
-
-
-def _packed(values: Tensor, gaps: Tensor, shape: Sequence[int], form: Key, pack: Callable[[Parts], native.Layer]) -> native.Layer:
-    """The layer that `pack` makes of a weight, made once for each `form`.
-
-    A storage whose weak reference is held keeps its address, so no other weight can be taken for one that is gone.
-    """
-    storages = [tensor.untyped_storage() for tensor in (values, gaps)]
-    places = ((s._cdata, t.data_ptr(), t.numel(), _version(t)) for s, t in zip(storages, (values, gaps), strict=True))
-    key = (*places, *shape)
-    weight = _weights.get(key)
-    layer = weight.forms.get(form) if weight else None
-    if layer is not None:
-        return layer
-    with _lock:
-        for old in [old for old, entry in _weights.items() if entry.gone]:
-            del _weights[old]
-        weight = _weights.setdefault(key, _Weight(tuple(map(StorageWeakRef, storages))))
-        if form not in weight.forms:
-            layer = pack(_csr(values, gaps, shape))
-            while len(weight.forms) >= SIZES:
-                del weight.forms[next(iter(weight.forms))]
-            weight.forms[form] = layer
-        return weight.forms[form]
-
-
-def _csr(values: Tensor, gaps: Tensor, shape: Sequence[int]) -> Parts:
-    rows, cols = matrix(tuple(shape))
-    col_indices, row_ptr = native.gaps_decode(rows, cols, gaps.detach().contiguous().numpy())
-    return {"values": _array("values", values), "col_indices": col_indices, "row_ptr": row_ptr}
-
-
-def _version(tensor: Tensor) -> int:
-    """Counts changes in place; tensors made in inference mode have no such count, and count as constant."""
-    return 0 if tensor.is_inference() else tensor._version
+def _rows(x: Tensor, weight_shape: Sequence[int]) -> Tensor:
+    """x [..., K] as [N, K]."""
+    _expect("weight_shape", weight_shape, 2)
+    cols = weight_shape[1]
+    if not x.dim() or x.shape[-1] != cols:
+        raise KernelError(f"x: expected [..., {cols}] for a weight {list(weight_shape)}, got {list(x.shape)}")
+    return x.reshape(prod(x.shape[:-1]), cols)
 
 
 def _expect_window(x: Tensor, weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> None:
@@ -219,70 +221,70 @@ def _expect(name: str, numbers: Sequence[int], count: int) -> None:
         raise KernelError(f"{name}: expected {count} numbers, got {list(numbers)}")
 
 
-# Threads ------------------------------------------------------------------------------------------------------------------------
-
-_pool: tuple[int, Executor] | None = None
-_local = threading.local()
+# Gradients ------------------------------------------------------------------------------------------------------------------------
 
 
-def _run(
-    layer: native.Layer, x: Tensor, bias: Tensor, residual: Tensor | None, minimum: float | None, maximum: float | None, work: int
-) -> Tensor:
-    """Runs a layer on contiguous copies where there must be any; `work` is the multiply-adds of one image or row."""
-    y = torch.empty((len(x), *layer.out_shape))
-    low, high = -np.inf if minimum is None else minimum, np.inf if maximum is None else maximum
-    added = None if residual is None else _array("residual", residual)
-    run = layer.prepare(_array("x", x), _array("bias", bias), added, minimum=low, maximum=high, out=y.numpy())
-    threads = min(torch.get_num_threads(), run.parts) if work * len(x) >= SHARED else 1
-    size = layer.workspace_bytes
-    if threads <= 1:
-        run(0, run.parts, _workspace(size))
-        return y
-    edges = [run.parts * i // threads for i in range(threads + 1)]
-
-    def work_on(begin: int, end: int) -> None:
-        run(begin, end, _workspace(size))
-
-    others = [_executor(threads).submit(work_on, *edges[i : i + 2]) for i in range(1, len(edges) - 1)]
-    try:
-        work_on(*edges[:2])
-    finally:
-        wait(others)
-    for other in others:
-        other.result()
-    return y
+def _keep_conv2d(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, gaps, bias, residual, shape, *window, minimum, maximum, format, x_layout, y_layout, block = inputs
+    if {x_layout, y_layout} != {"planes"} and any(ctx.needs_input_grad):
+        raise KernelError(f"layouts: expected 'planes' where gradients are needed, got {x_layout!r} and {y_layout!r}")
+    bounds = minimum, maximum
+    ctx.save_for_backward(x, values, gaps, output if bounds != (None, None) else None)
+    ctx.bounds, ctx.shape, ctx.window, ctx.form = bounds, shape, window, (format, block)
+    ctx.types = bias.dtype, None if residual is None else residual.dtype
 
 
-def _array(name: str, tensor: Tensor) -> NDArray[np.float32]:
-    """The tensor, or a copy in C order, as an array; numpy knows fewer types than torch, so that they are checked here."""
-    if tensor.dtype != torch.float32:
-        raise KernelError(f"{name}: expected float32, got {tensor.dtype}")
-    array: NDArray[np.float32] = tensor.detach().contiguous().numpy()
-    return array
+def _conv2d_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    x, values, gaps, output = ctx.saved_tensors
+    free = _unbounded(gradient, output, *ctx.bounds)
+    of_x, of_values = _of_both(ctx, free, x, values, gaps, ctx.shape, ctx.window)
+    bias_type, residual_type = ctx.types
+    of_bias = free.sum((0, 2, 3)).to(bias_type) if ctx.needs_input_grad[3] else None
+    of_residual = free.to(residual_type) if ctx.needs_input_grad[4] else None
+    return of_x, of_values, None, of_bias, of_residual, *[None] * 11
 
 
-def _workspace(count_bytes: int) -> NDArray[np.uint8]:
-    """This thread's scratch memory, grown to that size."""
-    kept: NDArray[np.uint8] | None = getattr(_local, "workspace", None)
-    if kept is None or kept.nbytes < count_bytes:
-        kept = _local.workspace = native.aligned(count_bytes)
-    return kept
+def _keep_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, gaps, bias, shape, minimum, maximum, format, block = inputs
+    bounds = minimum, maximum
+    ctx.save_for_backward(x, values, gaps, output if bounds != (None, None) else None)
+    ctx.bounds, ctx.shape, ctx.form, ctx.bias_type = bounds, shape, (format, block), bias.dtype
 
 
-def _executor(threads: int) -> Executor:
-    """A pool for all threads but the caller's. One that grew too small ends by itself when its work is done."""
-    global _pool  # noqa: PLW0603
-    pool = _pool
-    if pool is None or pool[0] < threads:
-        pool = _pool = threads, ThreadPoolExecutor(threads - 1, "ticketkit")
-    return pool[1]
+def _linear_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    x, values, gaps, output = ctx.saved_tensors
+    rows, cols = ctx.shape
+    free = _unbounded(gradient, output, *ctx.bounds).reshape(-1, rows)
+    window = [1, 1], [0, 0, 0, 0], [1, 1], 1
+    images = x.reshape(-1, cols)[:, :, None, None]
+    of_x, of_values = _of_both(ctx, free[:, :, None, None], images, values, gaps, [rows, cols, 1, 1], window)
+    of_bias = free.sum(0).to(ctx.bias_type) if ctx.needs_input_grad[3] else None
+    return None if of_x is None else of_x.reshape(x.shape), of_values, None, of_bias, *[None] * 5
 
 
-def _after_fork() -> None:
-    """The threads of the pool, and whoever held the lock, are not in the child."""
-    global _pool, _lock
-    _pool, _lock = None, threading.Lock()
+def _of_both(
+    ctx: Any, gradient: Tensor, x: Tensor, values: Tensor, gaps: Tensor, shape: Sequence[int], window: Sequence[Any]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x and values, None where they are not needed."""
+    needs = tuple(ctx.needs_input_grad[:2])
+    if not any(needs):
+        return None, None
+    found = sparse_conv2d_backward(gradient.contiguous(), x, values, gaps, shape, *window, *ctx.form, *needs)
+    of_x, of_values = (gradient if needed else None for gradient, needed in zip(found, needs, strict=True))
+    return of_x, of_values
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+def _unbounded(gradient: Tensor, output: Tensor | None, minimum: float | None, maximum: float | None) -> Tensor:
+    """The gradient of the sum before clipping."""
+    if output is None:
+        return gradient
+    held = torch.zeros_like(output, dtype=torch.bool)
+    if minimum is not None:
+        held = held | (output <= minimum)
+    if maximum is not None:
+        held = held | (output >= maximum)
+    return gradient.masked_fill(held, 0.0)
+
+
+sparse_conv2d.register_autograd(_conv2d_backward, setup_context=_keep_conv2d)
+sparse_linear.register_autograd(_linear_backward, setup_context=_keep_linear)
