@@ -12,17 +12,19 @@ constexpr int64_t kWideBlockBytes = 96 * 1024;     // the same of blocks of a po
 constexpr int64_t kGroupBytes = 96 * 1024;         // strips of one block filled at once: a part of L2
 constexpr int64_t kAccumulatorBytes = 192 * 1024;  // accumulators that wait between blocks: another part of L2
 constexpr int64_t kDepthwiseBytes = 24 * 1024;     // strips of one channel's tile: most of L1
-constexpr int64_t kGoodTile = 10;                  // vectors of a CSR tile: wider ones shorten the rows that fit L1, narrower ones waste
 constexpr int64_t kGemmTile = 64;                  // rows of batch of a gemm's widest tile
+constexpr int64_t kFewUses = 16;                   // vectors of a channel's tile that are read as seldom are not worth a copy in L1
 constexpr int64_t kMaxStrips = 1 << 16;
+
+constexpr int64_t kMaxPlane = int64_t{1} << 30;  // pixels of a plane that is read in place: its bytes are a 32-bit number
 
 bool is_depthwise(const tk_conv2d& s) { return s.groups > 1; }
 
 // Vectors of the widest tile that a format's loop takes, and of a good one.
 int64_t most_vectors(int64_t unit_rows, int32_t isa) {
-  return unit_rows == 1 ? kMaxTileVectors : max_block_vectors(isa_at(isa)->registers);
+  return unit_rows == 1 ? isa_at(isa)->tile_vectors : max_block_vectors(isa_at(isa)->registers);
 }
-int64_t good_vectors(int64_t unit_rows, int32_t isa) { return unit_rows == 1 ? kGoodTile : most_vectors(unit_rows, isa); }
+int64_t good_vectors(int64_t unit_rows, int32_t isa) { return unit_rows == 1 ? isa_at(isa)->good_tile : most_vectors(unit_rows, isa); }
 
 // Vectors of a tile of so many pixels, shared out evenly.
 int64_t even_vectors(int64_t pixels, int64_t unit_rows, int32_t isa) {
@@ -240,6 +242,8 @@ tk_status plan_conv2d(const tk_conv2d& s, const tk_csr& w, tk_format format, int
   p->pitch = choose_pitch(s, *p);
   share_columns(p);
   cut_tiles(tuning.tile_vectors, p);
+  p->reads_planes = isa_at(isa)->reads_planes && p->pointwise() && p->x_tile == 0 && s.in_h * s.in_w <= kMaxPlane &&
+                    tk_stored_values(&w, format) / p->unit_rows < kFewUses * s.in_channels;
   tk_status status = cut_blocks(tuning, p);
   while (status == TK_TOO_LARGE && p->tile_vectors > 1 && !tuning.tile_vectors) {  // huge windows: narrower tiles
     cut_tiles(p->tile_vectors / 2, p);
