@@ -84,8 +84,9 @@ static inline void write_row(const Tile& t, int64_t m, float* y, const float* re
     TK_UNROLL for (int v = 0; v < V - 1; ++v) acc[v] = acc[v] + Vec::load(residual + v * Vec::kLanes);
     acc[V - 1] = acc[V - 1] + (whole ? Vec::load(residual + kLast) : Vec::load_first(residual + kLast, t.last_lanes));
   }
-  TK_UNROLL for (int v = 0; v < V - 1; ++v) clip(acc[v], lo, hi).store(y + v * Vec::kLanes);
-  const Vec end = clip(acc[V - 1], lo, hi);
+  TK_UNROLL for (int v = 0; v < V; ++v) acc[v] = clip(acc[v], lo, hi);
+  TK_UNROLL for (int v = 0; v < V - 1; ++v) acc[v].store(y + v * Vec::kLanes);
+  const Vec end = acc[V - 1];
   if (whole) {
     end.store(y + kLast);
   } else {
