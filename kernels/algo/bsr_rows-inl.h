@@ -2,8 +2,8 @@
 // once for all of them. Included by isa/*.cc after rows-inl.h.
 
 // acc += the unit's columns: of column e the weights values[kBlockRows * e …], one for each row.
-template <int V, class T, class Step>
-static inline void bsr_unit(const float* values, const uint16_t* offsets, int64_t count, const float* x, Step step, T (*acc)[V]) {
+template <int V, class T, class Value, class Step>
+static inline void bsr_unit(const Value* values, const uint16_t* offsets, int64_t count, const Value* x, Step step, T (*acc)[V]) {
   int64_t e = 0;
   if constexpr (T::kWeights > 1) {
     for (; count - e >= 2; e += 2) add_lanes<kBlockRows, V, 2>(values + kBlockRows * e, offsets + e, x, step, acc);
@@ -21,7 +21,7 @@ static inline void bsr_unit(const float* values, const uint16_t* offsets, int64_
   }
 }
 
-struct BsrRows {
+struct BsrRows : FloatRows {
   static constexpr int kMaxVectors = max_block_vectors(Vec::kRegisters);
 
   template <int V, bool First, bool Last>

@@ -44,7 +44,7 @@ struct Conv2dGroup {
       if (limit - plane >= (channels - 1) * pixels + smaller(p.tile_floats(), round_up(pixels - first, p.lanes))) return {plane, pixels};
     }
     fill_strips(p, {a.x, limit, from, begin, channels, first, tiles, strips});
-    return {strips, p.reads_planes ? p.channel_floats : 1};
+    return {Rows::narrow(strips, channels * p.channel_floats), p.reads_planes ? p.channel_floats : 1};
   }
 
   // The rows of the group's i-th tile, whose accumulators lie at `acc`.
@@ -56,7 +56,7 @@ struct Conv2dGroup {
     t.values = p.values();
     t.offsets = p.offsets();
     t.row_ptr = p.row_ptr(block);
-    t.x = input.x + i * p.tile_floats();
+    t.x = Rows::at(input.x, i * p.tile_floats());
     t.x_step = input.step;
     t.acc_stride = p.tile_floats();
     t.acc = acc - row_begin * t.acc_stride;

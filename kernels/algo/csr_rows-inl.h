@@ -1,8 +1,8 @@
 // The inner loop for CSR weights: accumulators of one row in registers, one weight per non-zero. Included by isa/*.cc after rows-inl.h.
 
 // acc += the row's non-zeros values[0 … count) times their vectors of x.
-template <int V, class T, class Step>
-static inline void csr_row(const float* values, const uint16_t* offsets, int64_t count, const float* x, Step step, T* acc) {
+template <int V, class T, class Value, class Step>
+static inline void csr_row(const Value* values, const uint16_t* offsets, int64_t count, const Value* x, Step step, T* acc) {
   constexpr int kAtOnce = T::kWeights > 1 ? T::kWeights : chains(V), kChains = chains(V);
   int64_t e = 0;
   if constexpr (kAtOnce > 1) {
@@ -36,7 +36,7 @@ static inline void csr_row(const float* values, const uint16_t* offsets, int64_t
   }
 }
 
-struct CsrRows {
+struct CsrRows : FloatRows {
   static constexpr int kMaxVectors = Vec::kTile;
 
   template <int V, bool First, bool Last>

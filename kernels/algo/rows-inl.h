@@ -12,7 +12,10 @@ template <int64_t kFloats>
 struct FixedStep {
   FixedStep() = default;
   explicit FixedStep(int64_t) {}
-  const float* of(const float* x, uint16_t offset) const { return x + int64_t{offset} * kFloats; }
+  template <class Value>
+  const Value* of(const Value* x, uint16_t offset) const {
+    return x + int64_t{offset} * kFloats;
+  }
 };
 
 struct FreeStep {
@@ -32,6 +35,13 @@ struct StepOf<true> {
   using Type = FreeStep;
 };
 using TileStep = StepOf<Vec::kReadsPlanes>::Type;
+
+// Formats whose inner loops read the strips as they are filled.
+struct FloatRows {
+  static constexpr int kValueBytes = 4;
+  static const float* narrow(float* strips, int64_t) { return strips; }
+  static const float* at(const float* x, int64_t n) { return x + n; }
+};
 
 struct Tile {
   const float* values;
