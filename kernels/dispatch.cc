@@ -68,7 +68,7 @@ const char* tk_status_text(tk_status status) {
     case TK_BAD_SHAPE:
       return "a dimension is out of range, the window does not fit the image, or the weight's rows and columns contradict the geometry";
     case TK_BAD_VALUES:
-      return "values: a weight is NaN or infinite";
+      return "values: a weight is NaN, infinite, or beyond 65504 where weights become halves";
     case TK_BAD_COL_INDICES:
       return "col_indices: a column is outside the weight or does not rise within its row";
     case TK_BAD_ROW_PTR:
@@ -94,7 +94,8 @@ tk_status tk_isa_active(int32_t* isa) {
   if (!isa) return TK_BAD_ARGUMENT;
   const char* const forced = std::getenv("TICKETKIT_ISA");
   for (int32_t i = tk_isa_count() - 1; i >= 0; --i) {
-    const bool chosen = forced && *forced ? std::strcmp(forced, tk_isa_name(i)) == 0 : tk_isa_usable(i) != 0;
+    const bool chosen =
+        forced && *forced ? std::strcmp(forced, tk_isa_name(i)) == 0 : tk_isa_usable(i) != 0 && isa_at(i)->value_bytes == sizeof(float);
     if (!chosen) continue;
     *isa = i;
     return tk_isa_usable(i) ? TK_OK : TK_BAD_ISA;

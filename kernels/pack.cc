@@ -1,4 +1,7 @@
 // Packing of weights into the blocked form of packed.h. Runs once per layer and image size, at load.
+#include <cmath>
+#include <cstring>
+
 #include "plan.h"
 
 namespace tk {
@@ -59,12 +62,35 @@ int64_t stored_values(const tk_csr& w, int64_t unit_rows, int64_t unit_columns) 
   return entries * unit_rows * unit_columns;
 }
 
+// The half nearest to a float of at most kMaxHalf, ties to even.
+uint16_t to_half(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude < 0x38800000) {  // below 2^-14: a multiple of 2^-24, where adding 0.5 leaves the last digits
+    float shifted = std::fabs(x) + 0.5f;
+    std::memcpy(&bits, &shifted, sizeof(bits));
+    return static_cast<uint16_t>(sign | (bits - 0x3f000000));
+  }
+  const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1);
+  return static_cast<uint16_t>(sign | ((rounded - 0x38000000) >> 13));
+}
+
+// Whether every weight has a half near it.
+bool fits_halves(const tk_csr& w) {
+  constexpr float kMaxHalf = 65504;
+  for (int64_t i = 0; i < w.nnz; ++i) {
+    if (std::fabs(w.values[i]) > kMaxHalf) return false;
+  }
+  return true;
+}
+
 // Writes the stored values block by block, units in order; offset(column) says where a column's input starts within its block.
 template <class Offset>
 void write_entries(const tk_csr& w, int64_t columns_per_channel, const Packed& p, void* packed, Offset offset) {
   uint32_t* const row_ptr = mutable_at<uint32_t>(packed, p.row_ptr_at);
   float* const values = mutable_at<float>(packed, p.values_at);
-  uint16_t* const offsets = mutable_at<uint16_t>(packed, p.offsets_at);
+  uint16_t *const halves = mutable_at<uint16_t>(packed, p.values_at), *const offsets = mutable_at<uint16_t>(packed, p.offsets_at);
   const int64_t units = p.units(), block_columns = p.block_channels * columns_per_channel;
   const auto pointer = [&](int64_t block, int64_t unit) -> uint32_t& { return row_ptr[block * (units + 1) + unit]; };
   for (int64_t i = 0; i < p.blocks * (units + 1); ++i) row_ptr[i] = 0;
@@ -83,7 +109,13 @@ void write_entries(const tk_csr& w, int64_t columns_per_channel, const Packed& p
         to = pointer(block, unit);
       }
       offsets[to] = static_cast<uint16_t>(offset(e.at - block * block_columns));
-      e.take(values + to * p.entry_values());
+      if (p.value_bytes == sizeof(float)) {
+        e.take(values + to * p.entry_values());
+        continue;
+      }
+      float entry[kBlockRows * kBlockColumns];
+      e.take(entry);
+      for (int64_t i = 0; i < p.entry_values(); ++i) halves[to * p.entry_values() + i] = to_half(entry[i]);
     }
   }
 }
@@ -115,7 +147,7 @@ tk_status lay_out(const tk_csr& w, Packed* p) {
   p->strips_at = round_up(sizeof(Packed), TK_ALIGNMENT);
   p->row_ptr_at = round_up(p->strips_at + p->strip_count * int64_t{sizeof(Strip)}, TK_ALIGNMENT);
   p->values_at = round_up(p->row_ptr_at + p->blocks * (p->units() + 1) * int64_t{sizeof(uint32_t)}, TK_ALIGNMENT);
-  p->offsets_at = round_up(p->values_at + stored * int64_t{sizeof(float)}, TK_ALIGNMENT);
+  p->offsets_at = round_up(p->values_at + stored * p->value_bytes, TK_ALIGNMENT);
   p->total_bytes = round_up(p->offsets_at + stored / p->entry_values() * int64_t{sizeof(uint16_t)}, TK_ALIGNMENT);
   return TK_OK;
 }
@@ -139,6 +171,7 @@ tk_status check_weight(const tk_csr& w, tk_format format, int32_t isa) {
 tk_status whole_conv2d(const tk_conv2d& shape, const tk_csr& w, tk_format format, int32_t isa, const tk_tuning* tuning, Packed* p) {
   tk_status status = check_weight(w, format, isa);
   if (status == TK_OK) status = plan_conv2d(shape, w, format, isa, tuning, p);
+  if (status == TK_OK && p->value_bytes == sizeof(uint16_t) && !fits_halves(w)) status = TK_BAD_VALUES;
   return status == TK_OK ? lay_out(w, p) : status;
 }
 
@@ -184,6 +217,7 @@ tk_status tk_conv2d_pack(const tk_conv2d* shape, const tk_csr* w, tk_format form
   const int64_t taps = s.kernel_h * s.kernel_w;
   const Phases rows = row_phases(p), columns = column_phases(p);
   write_entries(*w, taps, p, packed, [&](int64_t column) {
+    if (p.reads_planes) return column;
     const int64_t i = column % taps / s.kernel_w, j = column % s.kernel_w;
     const Strip& strip = strips[j % columns.period * rows.count + i % rows.period];
     return column / taps * p.channel_floats + strip.offset + rows.shift_in_strip(i) * p.pitch + columns.shift_in_strip(j);

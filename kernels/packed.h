@@ -15,7 +15,7 @@ constexpr int64_t round_up(int64_t a, int64_t to) { return ceil_div(a, to) * to;
 constexpr int32_t i32(int64_t x) { return static_cast<int32_t>(x); }
 
 constexpr uint64_t kMagic = 0x6b63617074656b74;  // "tketpack"; guards against a buffer that was never packed
-constexpr int kMaxTileVectors = 14;              // accumulators of one CSR tile: 14 of AVX2's 16 registers, plus weight and spare
+constexpr int kMaxTileVectors = 20;              // of the widest CSR tile of any ISA
 constexpr int kGemmTileVectors = 8;              // of the widest CSR gemm tile
 constexpr int64_t kBlockRows = 4;                // output rows of a BSR block
 constexpr int64_t kBlockColumns = 4;             // columns of a 1x4 block
@@ -55,6 +55,7 @@ struct Packed {
   int64_t total_bytes;
   int64_t rows, cols;
   int64_t unit_rows;       // output rows that share their columns: kBlockRows for BSR, else 1
+  int64_t value_bytes;     // of a packed weight and of strips as the inner loop reads them: 4, or 2 for halves
   int64_t unit_columns;    // columns of one offset: kBlockColumns for 1x4 blocks, else 1
   tk_conv2d shape;         // convolutions only
   int64_t out_h, out_w;    // convolutions only
@@ -68,10 +69,12 @@ struct Packed {
   int64_t tile_w;          // columns of output whose taps share strips: of a depthwise tile, else out_w, or 0: no columns share
   int64_t channel_floats;  // floats of one channel's strips (convolutions)
   int64_t x_floats;        // floats of x that are transposed at once (gemm)
+  int64_t reads_planes;    // 1: offsets count channels, and planes of x are read where they are (conv2d)
   int32_t strip_count;
-  // Byte offsets of Strip[strip_count], uint32_t[blocks][units + 1], float[stored], uint16_t[stored / entry]. Offsets count floats from
-  // the start of the block's input; a unit's entries stand together, columns in order, unit_rows * unit_columns values each. For gemm, which
-  // joins as many blocks as the batch suits, row pointers are [units][blocks] and one more, and offsets are columns modulo 2^16.
+  // Byte offsets of Strip[strip_count], uint32_t[blocks][units + 1], float[stored] (or halves), uint16_t[stored / entry]. Offsets count floats from
+  // the start of the block's input, or its channels where planes are read in place; a unit's entries stand together, columns in order,
+  // unit_rows * unit_columns values each. For gemm, which joins as many blocks as the batch suits, row pointers are [units][blocks] and one
+  // more, and offsets are columns modulo 2^16.
   int64_t strips_at, row_ptr_at, values_at, offsets_at;
 
   template <class T>
@@ -88,7 +91,8 @@ struct Packed {
            out_h == s.in_h && out_w == s.in_w && pitch == s.in_w;
   }
   // Whole tiles of x are read where they are.
-  bool in_place() const { return x_tile > 0 && x_tile == tile_floats() && pointwise(); }
+  bool tiles_in_place() const { return x_tile > 0 && x_tile == tile_floats() && pointwise() && value_bytes == 4; }
+  bool in_place() const { return reads_planes || tiles_in_place(); }
   // Floats of the strips of one block, with a vector to spare, whole cache lines.
   int64_t strips_floats() const { return round_up(block_channels * channel_floats + lanes, 16); }
   const Strip* strips() const { return at<Strip>(strips_at); }
@@ -125,6 +129,10 @@ struct Isa {
   const char* name;
   int32_t rank;  // the fastest usable one wins: higher is faster, scalar is 0
   int32_t lanes, registers;
+  int32_t tile_vectors, good_tile;  // vectors of the widest CSR tile, and of a good one
+  int32_t block_vectors;            // vectors of the widest BSR tile of a convolution
+  bool reads_planes;                // offsets may be numbers of channels, for planes of x that are read in place
+  int32_t value_bytes;              // of a convolution's packed weights: 4, or 2 for halves, which then x becomes too
   bool (*usable)();
   RunFn run[kKernelCount];
 };

@@ -12,17 +12,17 @@ constexpr int64_t kWideBlockBytes = 96 * 1024;     // the same of blocks of a po
 constexpr int64_t kGroupBytes = 96 * 1024;         // strips of one block filled at once: a part of L2
 constexpr int64_t kAccumulatorBytes = 192 * 1024;  // accumulators that wait between blocks: another part of L2
 constexpr int64_t kDepthwiseBytes = 24 * 1024;     // strips of one channel's tile: most of L1
-constexpr int64_t kGoodTile = 10;                  // vectors of a CSR tile: wider ones shorten the rows that fit L1, narrower ones waste
 constexpr int64_t kGemmTile = 64;                  // rows of batch of a gemm's widest tile
+constexpr int64_t kFewUses = 16;                   // vectors of a channel's tile that are read as seldom are not worth a copy in L1
 constexpr int64_t kMaxStrips = 1 << 16;
+
+constexpr int64_t kMaxPlane = int64_t{1} << 30;  // pixels of a plane that is read in place: its bytes are a 32-bit number
 
 bool is_depthwise(const tk_conv2d& s) { return s.groups > 1; }
 
-// Vectors of the widest tile that a format's loop takes, and of a good one.
-int64_t most_vectors(int64_t unit_rows, int32_t isa) {
-  return unit_rows == 1 ? kMaxTileVectors : max_block_vectors(isa_at(isa)->registers);
-}
-int64_t good_vectors(int64_t unit_rows, int32_t isa) { return unit_rows == 1 ? kGoodTile : most_vectors(unit_rows, isa); }
+// Vectors of the widest tile that a format's loop of a convolution takes, and of a good one.
+int64_t most_vectors(int64_t unit_rows, int32_t isa) { return unit_rows == 1 ? isa_at(isa)->tile_vectors : isa_at(isa)->block_vectors; }
+int64_t good_vectors(int64_t unit_rows, int32_t isa) { return unit_rows == 1 ? isa_at(isa)->good_tile : most_vectors(unit_rows, isa); }
 
 // Vectors of a tile of so many pixels, shared out evenly.
 int64_t even_vectors(int64_t pixels, int64_t unit_rows, int32_t isa) {
@@ -59,6 +59,7 @@ Packed header(Kernel kernel, tk_format format, int32_t isa, const tk_csr& w) {
   p.cols = w.cols;
   p.unit_rows = unit_rows(format);
   p.unit_columns = unit_columns(format);
+  p.value_bytes = sizeof(float);
   p.group_tiles = 1;
   p.row_groups = ceil_div(w.rows, kGroupRows);
   return p;
@@ -168,8 +169,9 @@ tk_status cut_blocks(const tk_tuning& tuning, Packed* p) {
   const int64_t channels = p->shape.in_channels;
   int64_t block = tuning.block_channels;
   if (block == 0) {
-    const bool wide = p->unit_rows > 1 && p->strip_count == 1;  // a vector serves four rows: L2 is near enough
-    block = clamp((wide ? kWideBlockBytes : kBlockBytes) / 4 / p->channel_floats, 1, channels);
+    // A vector serves four rows: L2 is near enough. Not so for halves: the fewer a sum has, the better.
+    const bool wide = p->unit_rows > 1 && p->strip_count == 1 && p->value_bytes == 4;
+    block = clamp((wide ? kWideBlockBytes : kBlockBytes) / p->value_bytes / p->channel_floats, 1, channels);
     block = ceil_div(channels, ceil_div(channels, block));
   }
   p->block_channels = clamp(block, 1, channels < kMaxBlockFloats / p->channel_floats ? channels : kMaxBlockFloats / p->channel_floats);
@@ -235,11 +237,14 @@ tk_status plan_conv2d(const tk_conv2d& s, const tk_csr& w, tk_format format, int
   p->out_h = (s.in_h + s.pad_top + s.pad_bottom - s.dilation_h * (s.kernel_h - 1) - 1) / s.stride_h + 1;
   p->out_w = (s.in_w + s.pad_left + s.pad_right - s.dilation_w * (s.kernel_w - 1) - 1) / s.stride_w + 1;
   if (is_depthwise(s)) return plan_depthwise(p);
+  p->value_bytes = isa_at(isa)->value_bytes;
   p->x_tile = tile_pixels(static_cast<tk_layout>(s.x_layout), s.in_h * s.in_w, isa);
   p->y_tile = tile_pixels(static_cast<tk_layout>(s.y_layout), p->out_h * p->out_w, isa);
   p->pitch = choose_pitch(s, *p);
   share_columns(p);
   cut_tiles(tuning.tile_vectors, p);
+  p->reads_planes = isa_at(isa)->reads_planes && p->pointwise() && p->x_tile == 0 && s.in_h * s.in_w <= kMaxPlane &&
+                    tk_stored_values(&w, format) / p->unit_rows < kFewUses * s.in_channels;
   tk_status status = cut_blocks(tuning, p);
   while (status == TK_TOO_LARGE && p->tile_vectors > 1 && !tuning.tile_vectors) {  // huge windows: narrower tiles
     cut_tiles(p->tile_vectors / 2, p);
@@ -251,7 +256,7 @@ tk_status plan_conv2d(const tk_conv2d& s, const tk_csr& w, tk_format format, int
 tk_status plan_gemm(const tk_csr& w, tk_format format, int32_t isa, Packed* p) {
   if (!within(w.rows, 1, INT32_MAX) || !within(w.cols, 1, INT32_MAX)) return TK_BAD_SHAPE;
   *p = header(format == TK_CSR ? k_gemm_csr_f32 : format == TK_BSR ? k_gemm_bsr_f32 : k_gemm_bsr1x4_f32, format, isa, w);
-  p->tile_vectors = i32(p->unit_rows == 1 ? clamp(kGemmTile / p->lanes, 1, kGemmTileVectors) : most_vectors(p->unit_rows, isa));
+  p->tile_vectors = i32(p->unit_rows == 1 ? clamp(kGemmTile / p->lanes, 1, kGemmTileVectors) : max_block_vectors(isa_at(isa)->registers));
   p->block_channels = kGemmColumns;
   p->blocks = ceil_div(w.cols, kGemmColumns);
   const bool short_rows = w.nnz / w.rows < w.cols / 16;  // fewer, longer pieces of them are worth more than L1

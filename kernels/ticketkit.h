@@ -30,7 +30,7 @@ typedef enum tk_status {
   TK_BAD_ARGUMENT = 1,  // a null pointer, or a count, range, bound, activation or slope outside what the call allows
   TK_BAD_SHAPE =
       2,  // a dimension below 1 or above 2^24 (2^31 - 1 for rows and cols), a window that does not fit, or a weight of another shape
-  TK_BAD_VALUES = 3,       // a weight that is NaN or infinite
+  TK_BAD_VALUES = 3,       // a weight that is NaN or infinite, or beyond 65504 on "neon_fp16"
   TK_BAD_COL_INDICES = 4,  // a column index outside [0, cols) or not strictly increasing within its row
   TK_BAD_ROW_PTR = 5,      // row pointers that do not rise from 0 to nnz
   TK_BAD_GAPS = 6,         // gap-coded positions that repeat or leave the weight
@@ -47,11 +47,16 @@ enum { TK_ALIGNMENT = 64 };  // bytes; packed buffers and workspaces start on th
 
 // The ISAs are numbered 0 … tk_isa_count()-1, slowest first; number 0 is "scalar" and always usable.
 TK_API int32_t tk_isa_count(void);
-TK_API const char* tk_isa_name(int32_t isa);  // "scalar", "avx2", "avx512", "neon"; null if out of range
+TK_API const char* tk_isa_name(int32_t isa);  // "scalar", "avx2", "avx512", "neon", "neon_fp16"; null if out of range
 TK_API int32_t tk_isa_usable(int32_t isa);    // 1 where both the processor and the operating system support it
 TK_API int32_t tk_isa_lanes(int32_t isa);     // float32 lanes of one vector
-// The ISA to use: the one named by the environment variable TICKETKIT_ISA, else the fastest usable. Returns TK_BAD_ISA for a name
-// that is unknown or not usable here.
+// The ISA to use: the one named by the environment variable TICKETKIT_ISA, else the fastest usable that computes in float32. Returns
+// TK_BAD_ISA for a name that is unknown or not usable here.
+//
+// "neon_fp16" computes convolutions (not depthwise ones) in half precision and is therefore used only where it is named. Weights and x are
+// rounded to halves, and products are summed in halves within one block of input channels; sums of blocks, and all that follows, are
+// float32, as x and y stay in memory. With k products of a row the error is about 2^-9 (k + 1) max|w| max|x|, and 2^-24 (k + 1) (1 + max|w| +
+// max|x|) more where numbers are below 2^-14. Numbers of x, and sums, beyond 65504 become infinite.
 TK_API tk_status tk_isa_active(int32_t* isa);
 
 // ---- the table of kernels (kernels.inc), the same for every ISA ----------------------------------------------------------------
@@ -106,7 +111,7 @@ typedef struct tk_conv2d {
 
 // How a layer is cut up. 0 means: choose. The choice changes speed and, in the last bits, the order of summation. Depthwise ignores it.
 typedef struct tk_tuning {
-  int32_t tile_vectors;    // vectors of pixels per tile, 1 … 14
+  int32_t tile_vectors;    // vectors of pixels per tile, 1 … 20; an ISA takes fewer (14 on x86)
   int32_t block_channels;  // input channels per block, at most; fewer where they would not fit 16-bit offsets
   int32_t group_tiles;     // tiles whose input is gathered at once, at most
 } tk_tuning;

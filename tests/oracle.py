@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float32]
 Exact = NDArray[np.float64]
 EPS = float(np.finfo(np.float32).eps)
+EPS_HALF = float(np.finfo(np.float16).eps)
 ACTIVATIONS: dict[str, Callable[[Exact, float], Exact]] = {  # name in `native` -> function of z, slope; in order of tk_activation
     "identity": lambda z, _: z,
     "leaky_relu": lambda z, slope: np.where(z < 0, slope * z, z),
@@ -82,3 +83,11 @@ def tolerance(weight: Array, x: Array, *terms: Array | None) -> float:
     largest = max(float(np.abs(weight).max(initial=0)) * float(np.abs(x).max(initial=0)), 1e-30)
     extra = sum(float(np.abs(t).max(initial=0)) for t in terms if t is not None)
     return 2 * EPS * (k + 1) * (largest + extra)
+
+
+def half_tolerance(weight: Array, x: Array, *terms: Array | None) -> float:
+    """The same bound for convolutions in half precision ("neon_fp16"), by its epsilon, and 2^-24 for each product where numbers are too
+    small for it: half of that for each weight, input and sum that is rounded to a multiple of 2^-24."""
+    k = int((weight.reshape(len(weight), -1) != 0).sum(axis=1).max(initial=0))
+    w, most = (float(np.abs(a).max(initial=0)) for a in (weight, x))
+    return 2 * EPS_HALF * (k + 1) * w * most + 2.0**-24 * (k + 1) * (1 + w + most) + tolerance(weight, x, *terms)

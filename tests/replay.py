@@ -1,8 +1,8 @@
 """Writes kernel cases, each with the oracle's answer, for replay.cc: so kernels are checked on processors where Python does not run.
 
 One case: int64 [20] (kind 0 conv2d / 1 gemm / 2 depthwise, batch, the 15 numbers of tk_conv2d before its layouts or rows and cols, nnz,
-x count, y count), float32 tolerance, min, max, activation, slope, then x, values, bias, residual, expected (float32), col_indices (int32),
-row_ptr (int64), padded to 8 bytes each.
+x count, y count), float32 tolerance, min, max, activation, slope, tolerance in half precision, then x, values, bias, residual, expected (float32),
+col_indices (int32), row_ptr (int64), padded to 8 bytes each.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def _case(head: list[int], weight: np.ndarray, x: np.ndarray, bias: np.ndarray, 
     parts = csr.pack(weight)
     index = head[1] % len(oracle.ACTIVATIONS)  # by the batch, as good as any number
     y = list(oracle.ACTIVATIONS.values())[index](y, SLOPE)
-    floats = np.array([STEEPEST * oracle.tolerance(weight, x, bias, residual), *CLIP, index, SLOPE], np.float32)
+    tolerances = [STEEPEST * bound(weight, x, bias, residual) for bound in (oracle.tolerance, oracle.half_tolerance)]
+    floats = np.array([tolerances[0], *CLIP, index, SLOPE, tolerances[1]], np.float32)
     numbers = np.array([*head, len(parts["values"]), x.size, y.size], np.int64)
     return [numbers, floats, x, parts["values"], bias, residual, y.astype(np.float32), parts["col_indices"], parts["row_ptr"]]
 

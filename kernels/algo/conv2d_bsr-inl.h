@@ -1,4 +1,4 @@
 // Convolution with BSR weights. Included by isa/*.cc after conv2d-inl.h.
 static void conv2d_bsr_f32(const Packed& p, const tk_args& a, int64_t part_begin, int64_t part_end, float* workspace) {
-  conv2d<BsrRows>(p, a, part_begin, part_end, workspace);
+  conv2d<Conv2dBsrRows>(p, a, part_begin, part_end, workspace);
 }

@@ -7,11 +7,48 @@ struct Span {
   int64_t to, stride;
 };
 
+// Where the input of an offset is: a fixed number of floats for each, or one known when a tile runs.
+template <int64_t kFloats>
+struct FixedStep {
+  FixedStep() = default;
+  explicit FixedStep(int64_t) {}
+  template <class Value>
+  const Value* of(const Value* x, uint16_t offset) const {
+    return x + int64_t{offset} * kFloats;
+  }
+};
+
+struct FreeStep {
+  uint32_t bytes;
+  explicit FreeStep(int64_t floats) : bytes(static_cast<uint32_t>(4 * floats)) {}
+  const float* of(const float* x, uint16_t offset) const {
+    return reinterpret_cast<const float*>(reinterpret_cast<const char*>(x) + uint64_t{offset} * bytes);
+  }
+};
+
+template <bool kFree>
+struct StepOf {
+  using Type = FixedStep<1>;
+};
+template <>
+struct StepOf<true> {
+  using Type = FreeStep;
+};
+using TileStep = StepOf<Vec::kReadsPlanes>::Type;
+
+// Formats whose inner loops read the strips as they are filled.
+struct FloatRows {
+  static constexpr int kValueBytes = 4;
+  static const float* narrow(float* strips, int64_t) { return strips; }
+  static const float* at(const float* x, int64_t n) { return x + n; }
+};
+
 struct Tile {
   const float* values;
   const uint16_t* offsets;
   const uint32_t* row_ptr;  // of this block: unit u has the columns row_ptr[u] … row_ptr[u + 1]
   const float* x;           // the block's input
+  int64_t x_step;           // floats from offset to offset; 1 where Vec::kReadsPlanes is false
   float* acc;               // accumulators of row 0 between blocks, rows acc_stride apart; aligned
   float* y;                 // row 0 of the tile's output
   const float* residual;    // row 0, or null
@@ -57,8 +94,9 @@ static inline void write_row(const Tile& t, int64_t m, float* y, const float* re
     TK_UNROLL for (int v = 0; v < V - 1; ++v) acc[v] = acc[v] + Vec::load(residual + v * Vec::kLanes);
     acc[V - 1] = acc[V - 1] + (whole ? Vec::load(residual + kLast) : Vec::load_first(residual + kLast, t.last_lanes));
   }
-  TK_UNROLL for (int v = 0; v < V - 1; ++v) clip(acc[v], lo, hi).store(y + v * Vec::kLanes);
-  const Vec end = clip(acc[V - 1], lo, hi);
+  TK_UNROLL for (int v = 0; v < V; ++v) acc[v] = clip(acc[v], lo, hi);
+  TK_UNROLL for (int v = 0; v < V - 1; ++v) acc[v].store(y + v * Vec::kLanes);
+  const Vec end = acc[V - 1];
   if (whole) {
     end.store(y + kLast);
   } else {

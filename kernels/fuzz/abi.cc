@@ -136,7 +136,7 @@ void convolution(Input& in, int32_t isa, tk_format format) {
   if (usual(s.kernel_h) && usual(s.kernel_w) && usual(s.in_channels) && s.kernel_h * s.kernel_w < (1 << 24))
     cols = (s.groups > 1 ? 1 : s.in_channels) * s.kernel_h * s.kernel_w;
   const Weight w(in, in.size(s.out_channels), in.size(cols));
-  const tk_tuning tuning = {static_cast<int32_t>(in.size(in.within(0, 14))), static_cast<int32_t>(in.size(in.within(0, 20))),
+  const tk_tuning tuning = {static_cast<int32_t>(in.size(in.within(0, 20))), static_cast<int32_t>(in.size(in.within(0, 20))),
                             static_cast<int32_t>(in.size(in.within(0, 4)))};
   const tk_tuning* const given = in.flip() ? &tuning : nullptr;
   size_t bytes = 0;

@@ -2,9 +2,20 @@
 
 #include "../algo/activate-inl.h"
 #include "../algo/rows-inl.h"
+#include "../algo/lanes-inl.h"
 #include "../algo/csr_rows-inl.h"
 #include "../algo/bsr_rows-inl.h"
 #include "../algo/strips-inl.h"
+
+#ifdef TK_HALVES
+#include "../algo/half_rows-inl.h"
+using Conv2dCsrRows = HalfCsrRows;
+using Conv2dBsrRows = HalfBsrRows;
+#else
+using Conv2dCsrRows = CsrRows;
+using Conv2dBsrRows = BsrRows;
+#endif
+
 #include "../algo/conv2d-inl.h"
 #include "../algo/conv2d_csr-inl.h"
 #include "../algo/conv2d_bsr-inl.h"
@@ -19,6 +30,11 @@ static constexpr Isa describe(const char* name, int32_t rank, bool (*usable)()) 
           rank,
           Vec::kLanes,
           Vec::kRegisters,
+          Vec::kTile,
+          Vec::kGoodTile,
+          Conv2dBsrRows::kMaxVectors,
+          Vec::kReadsPlanes,
+          Conv2dCsrRows::kValueBytes,
           usable,
           {
 #define TK_KERNEL(op, format, type) op##_##format##_##type,

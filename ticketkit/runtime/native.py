@@ -329,7 +329,7 @@ def _isa_index(isa: str | None) -> int:
 
 @dataclass(frozen=True)
 class Tuning:
-    """How a convolution is cut up (`tk_tuning`): vectors of pixels per tile (1 … 14), input channels per block, and tiles gathered at
+    """How a convolution is cut up (`tk_tuning`): vectors of pixels per tile (1 … 20), input channels per block, and tiles gathered at
     once; 0 leaves the choice to the library."""
 
     tile_vectors: int = 0
