@@ -4,14 +4,14 @@
 namespace tk {
 namespace {
 
-constexpr int32_t kMaxLanes = 16, kMinRegisters = 8, kMaxRegisters = 32;  // of what the kernels know
-
+constexpr int32_t kMaxLanes = 16, kMinRegisters = 8, kMaxRegisters = 32, kMaxTile = 20;
 constexpr int64_t kMost = int64_t{1} << 60;  // counts beyond are given as this
 
 int64_t times(int64_t a, int64_t b) { return b > 0 && a > kMost / b ? kMost : a * b; }
 
-bool known_vectors(int32_t lanes, int32_t registers) {
-  return within(lanes, 1, kMaxLanes) && (lanes & (lanes - 1)) == 0 && within(registers, kMinRegisters, kMaxRegisters);
+bool known(const tk_vectors* v) {
+  return v && within(v->lanes, 1, kMaxLanes) && (v->lanes & (v->lanes - 1)) == 0 && within(v->registers, kMinRegisters, kMaxRegisters) &&
+         within(v->tile, 1, kMaxTile) && within(v->good_tile, 1, v->tile);
 }
 
 // A cut with what every kernel's has.
@@ -109,15 +109,22 @@ using namespace tk;
 
 extern "C" {
 
-tk_status tk_conv2d_cut(const tk_conv2d* shape, tk_format format, int32_t lanes, int32_t registers, const tk_tuning* tuning, tk_cut* cut) {
-  if (!shape || !cut || !known_vectors(lanes, registers) || !within(format, TK_CSR, TK_BSR_1X4)) return TK_BAD_ARGUMENT;
+tk_status tk_isa_vectors(int32_t isa, tk_vectors* vectors) {
+  if (!vectors) return TK_BAD_ARGUMENT;
+  if (!isa_at(isa)) return TK_BAD_ISA;
+  *vectors = isa_at(isa)->vectors();
+  return TK_OK;
+}
+
+tk_status tk_conv2d_cut(const tk_conv2d* shape, tk_format format, const tk_vectors* vectors, const tk_tuning* tuning, tk_cut* cut) {
+  if (!shape || !cut || !known(vectors) || !within(format, TK_CSR, TK_BSR_1X4)) return TK_BAD_ARGUMENT;
   const tk_conv2d& s = *shape;
   if (!within(s.kernel_h, 1, INT32_MAX) || !within(s.kernel_w, 1, INT32_MAX / s.kernel_h)) return TK_BAD_SHAPE;
   const int64_t taps = s.kernel_h * s.kernel_w;
   if (s.groups < 1 || !within(s.in_channels / s.groups, 1, INT32_MAX / taps)) return TK_BAD_SHAPE;
   const tk_csr weight{s.out_channels, s.in_channels / s.groups * taps, 0, nullptr, nullptr, nullptr};
   Packed p;
-  const tk_status status = plan_conv2d(s, weight, format, {lanes, registers}, tuning, &p);
+  const tk_status status = plan_conv2d(s, weight, format, *vectors, tuning, &p);
   if (status != TK_OK) return status;
   *cut = cut_of(p);
   s.groups > 1 ? count_depthwise(p, cut) : count_conv2d(p, cut);
@@ -127,12 +134,11 @@ tk_status tk_conv2d_cut(const tk_conv2d* shape, tk_format format, int32_t lanes,
   return TK_OK;
 }
 
-tk_status tk_gemm_cut(int64_t rows, int64_t cols, int64_t nnz, tk_format format, int32_t lanes, int32_t registers, int64_t batch,
-                      tk_cut* cut) {
-  if (!cut || !known_vectors(lanes, registers) || !within(format, TK_CSR, TK_BSR_1X4)) return TK_BAD_ARGUMENT;
+tk_status tk_gemm_cut(int64_t rows, int64_t cols, int64_t nnz, tk_format format, const tk_vectors* vectors, int64_t batch, tk_cut* cut) {
+  if (!cut || !known(vectors) || !within(format, TK_CSR, TK_BSR_1X4)) return TK_BAD_ARGUMENT;
   if (!within(batch, 1, INT32_MAX) || nnz < 0) return TK_BAD_ARGUMENT;
   Packed p;
-  const tk_status status = plan_gemm({rows, cols, nnz, nullptr, nullptr, nullptr}, format, {lanes, registers}, &p);
+  const tk_status status = plan_gemm({rows, cols, nnz, nullptr, nullptr, nullptr}, format, *vectors, &p);
   if (status != TK_OK) return status;
   *cut = cut_of(p);
   cut->taps = 1;

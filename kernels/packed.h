@@ -16,6 +16,7 @@ constexpr int32_t i32(int64_t x) { return static_cast<int32_t>(x); }
 
 constexpr uint64_t kMagic = 0x6b63617074656b74;  // "tketpack"; guards against a buffer that was never packed
 constexpr int kMaxTileVectors = 14;              // accumulators of one CSR tile: 14 of AVX2's 16 registers, plus weight and spare
+constexpr int kGoodTile = 10;                    // wider ones shorten the rows that fit L1, narrower ones waste
 constexpr int kGemmTileVectors = 8;              // of the widest CSR gemm tile
 constexpr int64_t kBlockRows = 4;                // output rows of a BSR block
 constexpr int64_t kBlockColumns = 4;             // columns of a 1x4 block
@@ -126,11 +127,6 @@ constexpr Place place(int64_t tile, int64_t channels, int64_t pixels, int64_t pi
 
 using RunFn = void (*)(const Packed&, const tk_args&, int64_t, int64_t, float*);
 
-// What of an ISA decides how layers are cut up.
-struct Vectors {
-  int32_t lanes, registers;
-};
-
 // What an isa/NAME.cc file offers, as `const Isa* const isa_NAME`: null where it was compiled for another processor.
 struct Isa {
   const char* name;
@@ -139,7 +135,7 @@ struct Isa {
   bool (*usable)();
   RunFn run[kKernelCount];
 
-  Vectors vectors() const { return {lanes, registers}; }
+  tk_vectors vectors() const { return {lanes, registers, kMaxTileVectors, kGoodTile}; }
 };
 
 const Isa* isa_at(int32_t index);  // null if out of range

@@ -12,18 +12,17 @@ constexpr int64_t kWideBlockBytes = 96 * 1024;     // the same of blocks of a po
 constexpr int64_t kGroupBytes = 96 * 1024;         // strips of one block filled at once: a part of L2
 constexpr int64_t kAccumulatorBytes = 192 * 1024;  // accumulators that wait between blocks: another part of L2
 constexpr int64_t kDepthwiseBytes = 24 * 1024;     // strips of one channel's tile: most of L1
-constexpr int64_t kGoodTile = 10;                  // vectors of a CSR tile: wider ones shorten the rows that fit L1, narrower ones waste
 constexpr int64_t kGemmTile = 64;                  // rows of batch of a gemm's widest tile
 constexpr int64_t kMaxStrips = 1 << 16;
 
 bool is_depthwise(const tk_conv2d& s) { return s.groups > 1; }
 
 // Vectors of the widest tile that a format's loop takes, and of a good one.
-int64_t most_vectors(int64_t unit_rows, const Vectors& v) { return unit_rows == 1 ? kMaxTileVectors : max_block_vectors(v.registers); }
-int64_t good_vectors(int64_t unit_rows, const Vectors& v) { return unit_rows == 1 ? kGoodTile : most_vectors(unit_rows, v); }
+int64_t most_vectors(int64_t unit_rows, const tk_vectors& v) { return unit_rows == 1 ? v.tile : max_block_vectors(v.registers); }
+int64_t good_vectors(int64_t unit_rows, const tk_vectors& v) { return unit_rows == 1 ? v.good_tile : most_vectors(unit_rows, v); }
 
 // Vectors of a tile of so many pixels, shared out evenly.
-int64_t even_vectors(int64_t pixels, int64_t unit_rows, const Vectors& v) {
+int64_t even_vectors(int64_t pixels, int64_t unit_rows, const tk_vectors& v) {
   const int64_t vectors = ceil_div(pixels, v.lanes);
   return ceil_div(vectors, ceil_div(vectors, good_vectors(unit_rows, v)));
 }
@@ -47,7 +46,7 @@ tk_status check_shape(const tk_conv2d& s, const tk_csr& w) {
 }
 
 // A header with what every kernel's has.
-Packed header(Kernel kernel, tk_format format, const Vectors& v, const tk_csr& w) {
+Packed header(Kernel kernel, tk_format format, const tk_vectors& v, const tk_csr& w) {
   Packed p{};
   p.magic = kMagic;
   p.kernel = kernel;
@@ -63,7 +62,7 @@ Packed header(Kernel kernel, tk_format format, const Vectors& v, const tk_csr& w
 
 }  // namespace
 
-int64_t tile_pixels(tk_layout layout, int64_t pixels, const Vectors& v) {
+int64_t tile_pixels(tk_layout layout, int64_t pixels, const tk_vectors& v) {
   if (layout == TK_PLANES) return 0;
   const int64_t tile = even_vectors(pixels, layout == TK_CSR_TILES ? 1 : kBlockRows, v) * v.lanes;
   return tile > pixels ? 0 : tile;  // a single tile, shorter: planes
@@ -151,7 +150,7 @@ void share_columns(Packed* p) {
 }
 
 // Cuts the pixels into tiles of whole vectors: of so many, or as many as are good; of those of x where they can be read in place.
-void cut_tiles(int64_t tile_vectors, const Vectors& v, Packed* p) {
+void cut_tiles(int64_t tile_vectors, const tk_vectors& v, Packed* p) {
   const int64_t pixels = p->out_h * p->pitch, in_place = p->pointwise() ? p->x_tile / p->lanes : 0;
   if (in_place > 0 && in_place <= most_vectors(p->unit_rows, v)) tile_vectors = in_place;
   p->tile_vectors = i32(tile_vectors ? tile_vectors : even_vectors(pixels, p->unit_rows, v));
@@ -218,7 +217,7 @@ tk_status plan_depthwise(Packed* p) {
 
 }  // namespace
 
-tk_status plan_conv2d(const tk_conv2d& s, const tk_csr& w, tk_format format, const Vectors& v, const tk_tuning* given, Packed* p) {
+tk_status plan_conv2d(const tk_conv2d& s, const tk_csr& w, tk_format format, const tk_vectors& v, const tk_tuning* given, Packed* p) {
   const tk_status bad = check_shape(s, w);
   if (bad != TK_OK) return bad;
   tk_tuning tuning = given ? *given : tk_tuning{};
@@ -245,7 +244,7 @@ tk_status plan_conv2d(const tk_conv2d& s, const tk_csr& w, tk_format format, con
   return status;
 }
 
-tk_status plan_gemm(const tk_csr& w, tk_format format, const Vectors& v, Packed* p) {
+tk_status plan_gemm(const tk_csr& w, tk_format format, const tk_vectors& v, Packed* p) {
   if (!within(w.rows, 1, INT32_MAX) || !within(w.cols, 1, INT32_MAX)) return TK_BAD_SHAPE;
   *p = header(format == TK_CSR ? k_gemm_csr_f32 : format == TK_BSR ? k_gemm_bsr_f32 : k_gemm_bsr1x4_f32, format, v, w);
   p->tile_vectors = i32(p->unit_rows == 1 ? clamp(kGemmTile / p->lanes, 1, kGemmTileVectors) : most_vectors(p->unit_rows, v));

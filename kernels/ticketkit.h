@@ -155,7 +155,18 @@ TK_API tk_status tk_run(const void* packed, const tk_args* args, int64_t part_be
 
 // ---- how a layer would be cut up ------------------------------------------------------------------------------------------------
 
-// In counts, for vectors of any width: also of processors that this build has no kernels for. Of one image; of one channel of a depthwise
+// What of an ISA decides how layers are cut up; also of an ISA that this build has no kernels for.
+typedef struct tk_vectors {
+  int32_t lanes;      // float32 of a vector: a power of two, 1 … 16
+  int32_t registers;  // 8 … 32
+  int32_t tile;       // vectors of the widest tile of single rows: 1 … 20
+  int32_t good_tile;  // and of one as a rule, at most `tile`
+} tk_vectors;
+
+// Those of an ISA of this build. TK_BAD_ARGUMENT, TK_BAD_ISA.
+TK_API tk_status tk_isa_vectors(int32_t isa, tk_vectors* vectors);
+
+// In counts. Of one image; of one channel of a depthwise
 // convolution; of a whole product. What it says of this machine's vectors is what packing there does.
 typedef struct tk_cut {
   int64_t tiles, tile_vectors;     // tiles of pixels or rows of batch; vectors of each but the last. Products of one row have no vectors
@@ -172,11 +183,10 @@ typedef struct tk_cut {
   int64_t pitch, in_place;         // of output rows as lanes see them; 1 where tiles are read where they are
 } tk_cut;
 
-// lanes: a power of two, 1 … 16; registers: 8 … 32. `tuning` may be null. TK_BAD_ARGUMENT, TK_BAD_SHAPE, TK_TOO_LARGE as in packing.
-TK_API tk_status tk_conv2d_cut(const tk_conv2d* shape, tk_format format, int32_t lanes, int32_t registers, const tk_tuning* tuning,
-                               tk_cut* cut);
+// `tuning` may be null. TK_BAD_ARGUMENT, TK_BAD_SHAPE, TK_TOO_LARGE as in packing.
+TK_API tk_status tk_conv2d_cut(const tk_conv2d* shape, tk_format format, const tk_vectors* vectors, const tk_tuning* tuning, tk_cut* cut);
 // Of a weight rows x cols with so many non-zeros and a batch of 1 … 2^31 - 1 rows.
-TK_API tk_status tk_gemm_cut(int64_t rows, int64_t cols, int64_t nnz, tk_format format, int32_t lanes, int32_t registers, int64_t batch,
+TK_API tk_status tk_gemm_cut(int64_t rows, int64_t cols, int64_t nnz, tk_format format, const tk_vectors* vectors, int64_t batch,
                              tk_cut* cut);
 
 TK_API const char* tk_version(void);

@@ -141,10 +141,11 @@ void convolution(Input& in, int32_t isa, tk_format format) {
   const tk_tuning* const given = in.flip() ? &tuning : nullptr;
   size_t bytes = 0;
   tk_cut cut;
+  const tk_vectors vectors = {4, 32, 20, 20};
   const tk_status status = tk_conv2d_packed_bytes(&s, &w.csr, format, isa, given, &bytes);
-  const tk_status of_cut = tk_conv2d_cut(&s, format, tk_isa_lanes(isa), 32, given, &cut);  // of its own geometry, whatever the weight
+  const tk_status of_cut = tk_conv2d_cut(&s, format, &vectors, given, &cut);  // of its own geometry, whatever the weight
   if (of_cut == TK_OK) TK_REQUIRE(cut.tiles >= 1 && cut.blocks >= 1 && cut.filled >= 0 && cut.pieces >= 0);
-  if (status == TK_OK) TK_REQUIRE(of_cut == TK_OK || of_cut == TK_TOO_LARGE);  // with other registers strips may be too long
+  if (status == TK_OK) TK_REQUIRE(of_cut == TK_OK || of_cut == TK_TOO_LARGE);  // wider tiles may have too long strips
   if (w.status != TK_OK) TK_REQUIRE(status != TK_OK);
   if (status != TK_OK || bytes > kMostBytes) return;
   const Memory packed = aligned(bytes);
@@ -162,8 +163,9 @@ void product(Input& in, int32_t isa, tk_format format) {
   const Weight w(in, rows, cols);
   size_t bytes = 0;
   tk_cut cut;
+  const tk_vectors vectors = {4, 32, 20, 20};
   const tk_status status = tk_gemm_packed_bytes(&w.csr, format, isa, &bytes);
-  const tk_status of_cut = tk_gemm_cut(rows, cols, w.csr.nnz, format, tk_isa_lanes(isa), 32, cols, &cut);
+  const tk_status of_cut = tk_gemm_cut(rows, cols, w.csr.nnz, format, &vectors, cols, &cut);
   if (of_cut == TK_OK) TK_REQUIRE(cut.tiles >= 1 && cut.blocks >= 1 && cut.filled >= 0);
   if (w.status != TK_OK) TK_REQUIRE(status != TK_OK);
   if (status != TK_OK || bytes > kMostBytes) return;

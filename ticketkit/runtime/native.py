@@ -95,6 +95,16 @@ class _Tuning(c.Structure):
 
 
 @dataclass(frozen=True)
+class Vectors:
+    """What of an instruction set decides how layers are cut up: `tk_vectors` of kernels/ticketkit.h."""
+
+    lanes: int
+    registers: int
+    tile: int
+    good_tile: int
+
+
+@dataclass(frozen=True)
 class Cut:
     """How a layer would be cut up on some processor, in counts: `tk_cut` of kernels/ticketkit.h, where each is explained."""
 
@@ -115,6 +125,10 @@ class Cut:
     misaligned_taps: int
     pitch: int
     in_place: int
+
+
+class _Vectors(c.Structure):
+    _fields_ = [(name, c.c_int32) for name in Vectors.__dataclass_fields__]
 
 
 class _Cut(c.Structure):
@@ -147,8 +161,9 @@ _SIGNATURES: dict[str, tuple[Any, Sequence[Any]]] = {
     "tk_conv2d_pack": (c.c_int, [c.POINTER(_Conv2d), c.POINTER(_Csr), c.c_int, c.c_int32, c.POINTER(_Tuning), c.c_void_p, c.c_size_t]),
     "tk_gemm_packed_bytes": (c.c_int, [c.POINTER(_Csr), c.c_int, c.c_int32, c.POINTER(c.c_size_t)]),
     "tk_gemm_pack": (c.c_int, [c.POINTER(_Csr), c.c_int, c.c_int32, c.c_void_p, c.c_size_t]),
-    "tk_conv2d_cut": (c.c_int, [c.POINTER(_Conv2d), c.c_int, c.c_int32, c.c_int32, c.POINTER(_Tuning), c.POINTER(_Cut)]),
-    "tk_gemm_cut": (c.c_int, [*[c.c_int64] * 3, c.c_int, c.c_int32, c.c_int32, c.c_int64, c.POINTER(_Cut)]),
+    "tk_isa_vectors": (c.c_int, [c.c_int32, c.POINTER(_Vectors)]),
+    "tk_conv2d_cut": (c.c_int, [c.POINTER(_Conv2d), c.c_int, c.POINTER(_Vectors), c.POINTER(_Tuning), c.POINTER(_Cut)]),
+    "tk_gemm_cut": (c.c_int, [*[c.c_int64] * 3, c.c_int, c.POINTER(_Vectors), c.c_int64, c.POINTER(_Cut)]),
     "tk_parts": (c.c_int64, [c.c_void_p, c.c_int64]),
     "tk_workspace_bytes": (c.c_size_t, [c.c_void_p]),
     "tk_run": (c.c_int, [c.c_void_p, c.POINTER(_Args), c.c_int64, c.c_int64, c.c_void_p]),
@@ -400,20 +415,27 @@ def _geometry(shape: ConvShape) -> _Conv2d:
     return _Conv2d(*astuple(shape)[: -len(layouts)], *layouts)
 
 
-def cut_conv2d(shape: ConvShape, format: str, lanes: int, registers: int, tuning: Tuning | None = None) -> Cut:
-    """How `conv2d` would cut up one image on vectors of so many float32 lanes in so many registers, be it this processor or another.
+def vectors(isa: str | None = None) -> Vectors:
+    """Those of an instruction set of this build, by default the active one. Raises KernelError."""
+    found = _Vectors()
+    _check(_library().tk_isa_vectors(_isa_index(isa), found), "vectors")
+    return Vectors(*(getattr(found, name) for name in Vectors.__dataclass_fields__))
 
-    Raises KernelError for a geometry that packing refuses, and for lanes that are no power of two up to 16 or registers outside 8 … 32.
+
+def cut_conv2d(shape: ConvShape, format: str, on: Vectors, tuning: Tuning | None = None) -> Cut:
+    """How `conv2d` would cut up one image on such vectors, be they of this processor or of another.
+
+    Raises KernelError for a geometry that packing refuses, and for vectors beyond what `tk_vectors` allows.
     """
-    cut, given = _Cut(), _Tuning(*astuple(tuning or Tuning()))
-    _check(_library().tk_conv2d_cut(_geometry(shape), _named("packed format", format, _FORMATS), lanes, registers, given, cut), "cut")
+    cut, given, form = _Cut(), _Tuning(*astuple(tuning or Tuning())), _named("packed format", format, _FORMATS)
+    _check(_library().tk_conv2d_cut(_geometry(shape), form, _Vectors(*astuple(on)), given, cut), "cut")
     return Cut(*(getattr(cut, name) for name in Cut.__dataclass_fields__))
 
 
-def cut_gemm(rows: int, cols: int, nnz: int, format: str, lanes: int, registers: int, batch: int) -> Cut:
+def cut_gemm(rows: int, cols: int, nnz: int, format: str, on: Vectors, batch: int) -> Cut:
     """How `gemm` would cut up a product of so many rows of input, as `cut_conv2d`. Raises KernelError."""
     cut, form = _Cut(), _named("packed format", format, _FORMATS)
-    _check(_library().tk_gemm_cut(rows, cols, nnz, form, lanes, registers, batch, cut), "cut")
+    _check(_library().tk_gemm_cut(rows, cols, nnz, form, _Vectors(*astuple(on)), batch, cut), "cut")
     return Cut(*(getattr(cut, name) for name in Cut.__dataclass_fields__))
 
 
