@@ -26,6 +26,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "cost": ({"errors", "formats", "lower"}, DEPLOY),
     "planner": ({"errors", "formats", "runtime", "lower", "cost"}, DEPLOY | {"onnx", "rich"}),
 }
+ROOMS["cores"] = ({"errors", "formats", "runtime", "lower", "cost"}, DEPLOY)
 ROOMS["tune"] = ({"errors", "formats", "runtime", "lower", "cost", "planner"}, DEPLOY | {"onnxruntime"})
 ROOMS["inputs"] = ({"errors", "formats", "ticket"}, DEPLOY | {"PIL"})
 ROOMS["exporters"] = ({*ROOMS, "exporters"}, DEPLOY | {"onnx", "onnxruntime", "safetensors"})
