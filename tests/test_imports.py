@@ -52,6 +52,7 @@ MORE = {  # file -> packages that it may use beside those of its room
     "exporters/_torch.py": {"torch"},
     "exporters/torch.py": {"torch"},
     "exporters/executorch.py": {"torch", "executorch"},
+    "bench/engines/executorch.py": {"torch", "executorch"},
 }
 ONLY_HERE = {"ctypes": "runtime/native.py", "click": "cli"}
 LAZY_TORCH = {"bench", "estimator", "exporters", "quickstart"}  # may import torch inside a function, never at module level
