@@ -170,14 +170,16 @@ tk_status check_weight(const tk_csr& w, tk_format format, int32_t isa) {
 // The whole header, its arguments checked.
 tk_status whole_conv2d(const tk_conv2d& shape, const tk_csr& w, tk_format format, int32_t isa, const tk_tuning* tuning, Packed* p) {
   tk_status status = check_weight(w, format, isa);
-  if (status == TK_OK) status = plan_conv2d(shape, w, format, isa, tuning, p);
+  if (status == TK_OK) status = plan_conv2d(shape, w, format, isa_at(isa)->vectors(), tuning, p);
+  p->isa = isa;
   if (status == TK_OK && p->value_bytes == sizeof(uint16_t) && !fits_halves(w)) status = TK_BAD_VALUES;
   return status == TK_OK ? lay_out(w, p) : status;
 }
 
 tk_status whole_gemm(const tk_csr& w, tk_format format, int32_t isa, Packed* p) {
   tk_status status = check_weight(w, format, isa);
-  if (status == TK_OK) status = plan_gemm(w, format, isa, p);
+  if (status == TK_OK) status = plan_gemm(w, format, isa_at(isa)->vectors(), p);
+  p->isa = isa;
   return status == TK_OK ? lay_out(w, p) : status;
 }
 
@@ -246,7 +248,7 @@ tk_status tk_gemm_pack(const tk_csr* w, tk_format format, int32_t isa, void* pac
 
 int64_t tk_tile_pixels(tk_layout layout, int64_t pixels, int32_t isa) {
   if (!within(layout, TK_CSR_TILES, TK_BSR_TILES) || !within(pixels, 1, INT64_MAX / 2) || !within(isa, 0, tk_isa_count() - 1)) return 0;
-  return tile_pixels(layout, pixels, isa);
+  return tile_pixels(layout, pixels, isa_at(isa)->vectors());
 }
 
 int64_t tk_parts(const void* packed, int64_t batch) {

@@ -23,12 +23,13 @@ constexpr int64_t unit_rows(tk_format format) { return format == TK_BSR ? kBlock
 constexpr int64_t unit_columns(tk_format format) { return format == TK_BSR_1X4 ? kBlockColumns : 1; }
 // Vectors of a BSR tile: kBlockRows accumulators for each, the vector itself, and one weight.
 constexpr int max_block_vectors(int registers) { return (registers - 1) / static_cast<int>(kBlockRows + 1); }
-constexpr int kDepthwiseWeights = 9;          // of a depthwise channel kept in registers: a 3x3 window
-constexpr int kDepthwiseVectors = 4;          // accumulators beside them
-constexpr int kStripMasks = 4;                // which lanes of a vector are inside the image: none, all, those of a row's ends
-constexpr int64_t kMaxBlockFloats = 1 << 16;  // input of one block: entries hold 16-bit offsets
-constexpr int64_t kGemmColumns = 64;          // columns between two row pointers of a gemm
-constexpr int64_t kGemmFloats = 48 * 1024;    // accumulators of the rows that one pass over the columns takes: a part of L2
+constexpr int kDepthwiseWeights = 9;                   // of a depthwise channel kept in registers: a 3x3 window
+constexpr int kDepthwiseVectors = 4;                   // accumulators beside them
+constexpr int kStripMasks = 4;                         // which lanes of a vector are inside the image: none, all, those of a row's ends
+constexpr int64_t kMaxCopiedPlane = int64_t{1} << 30;  // pixels of a plane whose places fit 32 bits
+constexpr int64_t kMaxBlockFloats = 1 << 16;           // input of one block: entries hold 16-bit offsets
+constexpr int64_t kGemmColumns = 64;                   // columns between two row pointers of a gemm
+constexpr int64_t kGemmFloats = 48 * 1024;             // accumulators of the rows that one pass over the columns takes: a part of L2
 
 enum Kernel : int32_t {
 #define TK_KERNEL(op, format, type) k_##op##_##format##_##type,
@@ -90,6 +91,11 @@ struct Packed {
     return s.kernel_h == 1 && s.kernel_w == 1 && s.stride_h == 1 && s.stride_w == 1 && s.pad_top == 0 && s.pad_left == 0 &&
            out_h == s.in_h && out_w == s.in_w && pitch == s.in_w;
   }
+  // No vector of a strip holds pieces of two rows, so that strips are filled by masked vectors: pitches of whole vectors, and planes copied
+  // as they are.
+  bool whole_vectors() const {
+    return x_tile == 0 && (pitch % lanes == 0 || pointwise()) && shape.stride_w <= 2 && shape.in_h * shape.in_w < kMaxCopiedPlane;
+  }
   // Whole tiles of x are read where they are.
   bool tiles_in_place() const { return x_tile > 0 && x_tile == tile_floats() && pointwise() && value_bytes == 4; }
   bool in_place() const { return reads_planes || tiles_in_place(); }
@@ -135,6 +141,8 @@ struct Isa {
   int32_t value_bytes;              // of a convolution's packed weights: 4, or 2 for halves, which then x becomes too
   bool (*usable)();
   RunFn run[kKernelCount];
+
+  tk_vectors vectors() const { return {lanes, registers, tile_vectors, good_tile, block_vectors, reads_planes, value_bytes}; }
 };
 
 const Isa* isa_at(int32_t index);  // null if out of range

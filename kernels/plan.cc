@@ -21,13 +21,13 @@ constexpr int64_t kMaxPlane = int64_t{1} << 30;  // pixels of a plane that is re
 bool is_depthwise(const tk_conv2d& s) { return s.groups > 1; }
 
 // Vectors of the widest tile that a format's loop of a convolution takes, and of a good one.
-int64_t most_vectors(int64_t unit_rows, int32_t isa) { return unit_rows == 1 ? isa_at(isa)->tile_vectors : isa_at(isa)->block_vectors; }
-int64_t good_vectors(int64_t unit_rows, int32_t isa) { return unit_rows == 1 ? isa_at(isa)->good_tile : most_vectors(unit_rows, isa); }
+int64_t most_vectors(int64_t unit_rows, const tk_vectors& v) { return unit_rows == 1 ? v.tile : v.block_tile; }
+int64_t good_vectors(int64_t unit_rows, const tk_vectors& v) { return unit_rows == 1 ? v.good_tile : v.block_tile; }
 
 // Vectors of a tile of so many pixels, shared out evenly.
-int64_t even_vectors(int64_t pixels, int64_t unit_rows, int32_t isa) {
-  const int64_t vectors = ceil_div(pixels, tk_isa_lanes(isa));
-  return ceil_div(vectors, ceil_div(vectors, good_vectors(unit_rows, isa)));
+int64_t even_vectors(int64_t pixels, int64_t unit_rows, const tk_vectors& v) {
+  const int64_t vectors = ceil_div(pixels, v.lanes);
+  return ceil_div(vectors, ceil_div(vectors, good_vectors(unit_rows, v)));
 }
 
 tk_status check_shape(const tk_conv2d& s, const tk_csr& w) {
@@ -49,12 +49,11 @@ tk_status check_shape(const tk_conv2d& s, const tk_csr& w) {
 }
 
 // A header with what every kernel's has.
-Packed header(Kernel kernel, tk_format format, int32_t isa, const tk_csr& w) {
+Packed header(Kernel kernel, tk_format format, const tk_vectors& v, const tk_csr& w) {
   Packed p{};
   p.magic = kMagic;
   p.kernel = kernel;
-  p.isa = isa;
-  p.lanes = tk_isa_lanes(isa);
+  p.lanes = v.lanes;
   p.rows = w.rows;
   p.cols = w.cols;
   p.unit_rows = unit_rows(format);
@@ -67,9 +66,9 @@ Packed header(Kernel kernel, tk_format format, int32_t isa, const tk_csr& w) {
 
 }  // namespace
 
-int64_t tile_pixels(tk_layout layout, int64_t pixels, int32_t isa) {
+int64_t tile_pixels(tk_layout layout, int64_t pixels, const tk_vectors& v) {
   if (layout == TK_PLANES) return 0;
-  const int64_t tile = even_vectors(pixels, layout == TK_CSR_TILES ? 1 : kBlockRows, isa) * tk_isa_lanes(isa);
+  const int64_t tile = even_vectors(pixels, layout == TK_CSR_TILES ? 1 : kBlockRows, v) * v.lanes;
   return tile > pixels ? 0 : tile;  // a single tile, shorter: planes
 }
 
@@ -155,10 +154,10 @@ void share_columns(Packed* p) {
 }
 
 // Cuts the pixels into tiles of whole vectors: of so many, or as many as are good; of those of x where they can be read in place.
-void cut_tiles(int64_t tile_vectors, Packed* p) {
+void cut_tiles(int64_t tile_vectors, const tk_vectors& v, Packed* p) {
   const int64_t pixels = p->out_h * p->pitch, in_place = p->pointwise() ? p->x_tile / p->lanes : 0;
-  if (in_place > 0 && in_place <= most_vectors(p->unit_rows, p->isa)) tile_vectors = in_place;
-  p->tile_vectors = i32(tile_vectors ? tile_vectors : even_vectors(pixels, p->unit_rows, p->isa));
+  if (in_place > 0 && in_place <= most_vectors(p->unit_rows, v)) tile_vectors = in_place;
+  p->tile_vectors = i32(tile_vectors ? tile_vectors : even_vectors(pixels, p->unit_rows, v));
   p->tiles = ceil_div(ceil_div(pixels, p->lanes), p->tile_vectors);
 }
 
@@ -223,7 +222,7 @@ tk_status plan_depthwise(Packed* p) {
 
 }  // namespace
 
-tk_status plan_conv2d(const tk_conv2d& s, const tk_csr& w, tk_format format, int32_t isa, const tk_tuning* given, Packed* p) {
+tk_status plan_conv2d(const tk_conv2d& s, const tk_csr& w, tk_format format, const tk_vectors& v, const tk_tuning* given, Packed* p) {
   const tk_status bad = check_shape(s, w);
   if (bad != TK_OK) return bad;
   tk_tuning tuning = given ? *given : tk_tuning{};
@@ -231,32 +230,33 @@ tk_status plan_conv2d(const tk_conv2d& s, const tk_csr& w, tk_format format, int
   if (!within(s.x_layout, TK_PLANES, TK_BSR_TILES) || !within(s.y_layout, TK_PLANES, TK_BSR_TILES)) return TK_BAD_ARGUMENT;
   if (format == TK_BSR_1X4) return TK_BAD_ARGUMENT;
   if (is_depthwise(s) && (format != TK_CSR || s.x_layout != TK_PLANES || s.y_layout != TK_PLANES)) return TK_BAD_ARGUMENT;
-  *p = header(is_depthwise(s) ? k_depthwise_csr_f32 : format == TK_CSR ? k_conv2d_csr_f32 : k_conv2d_bsr_f32, format, isa, w);
-  tuning.tile_vectors = i32(smaller(tuning.tile_vectors, most_vectors(p->unit_rows, isa)));
+  *p = header(is_depthwise(s) ? k_depthwise_csr_f32 : format == TK_CSR ? k_conv2d_csr_f32 : k_conv2d_bsr_f32, format, v, w);
+  tuning.tile_vectors = i32(smaller(tuning.tile_vectors, most_vectors(p->unit_rows, v)));
   p->shape = s;
   p->out_h = (s.in_h + s.pad_top + s.pad_bottom - s.dilation_h * (s.kernel_h - 1) - 1) / s.stride_h + 1;
   p->out_w = (s.in_w + s.pad_left + s.pad_right - s.dilation_w * (s.kernel_w - 1) - 1) / s.stride_w + 1;
   if (is_depthwise(s)) return plan_depthwise(p);
-  p->value_bytes = isa_at(isa)->value_bytes;
-  p->x_tile = tile_pixels(static_cast<tk_layout>(s.x_layout), s.in_h * s.in_w, isa);
-  p->y_tile = tile_pixels(static_cast<tk_layout>(s.y_layout), p->out_h * p->out_w, isa);
+  p->value_bytes = v.value_bytes;
+  p->x_tile = tile_pixels(static_cast<tk_layout>(s.x_layout), s.in_h * s.in_w, v);
+  p->y_tile = tile_pixels(static_cast<tk_layout>(s.y_layout), p->out_h * p->out_w, v);
   p->pitch = choose_pitch(s, *p);
   share_columns(p);
-  cut_tiles(tuning.tile_vectors, p);
-  p->reads_planes = isa_at(isa)->reads_planes && p->pointwise() && p->x_tile == 0 && s.in_h * s.in_w <= kMaxPlane &&
-                    tk_stored_values(&w, format) / p->unit_rows < kFewUses * s.in_channels;
+  cut_tiles(tuning.tile_vectors, v, p);
+  const int64_t stored = w.values ? tk_stored_values(&w, format) : w.nnz;  // a cut knows only their number
+  p->reads_planes = v.reads_planes && p->pointwise() && p->x_tile == 0 && s.in_h * s.in_w <= kMaxPlane &&
+                    stored / p->unit_rows < kFewUses * s.in_channels;
   tk_status status = cut_blocks(tuning, p);
   while (status == TK_TOO_LARGE && p->tile_vectors > 1 && !tuning.tile_vectors) {  // huge windows: narrower tiles
-    cut_tiles(p->tile_vectors / 2, p);
+    cut_tiles(p->tile_vectors / 2, v, p);
     status = cut_blocks(tuning, p);
   }
   return status;
 }
 
-tk_status plan_gemm(const tk_csr& w, tk_format format, int32_t isa, Packed* p) {
+tk_status plan_gemm(const tk_csr& w, tk_format format, const tk_vectors& v, Packed* p) {
   if (!within(w.rows, 1, INT32_MAX) || !within(w.cols, 1, INT32_MAX)) return TK_BAD_SHAPE;
-  *p = header(format == TK_CSR ? k_gemm_csr_f32 : format == TK_BSR ? k_gemm_bsr_f32 : k_gemm_bsr1x4_f32, format, isa, w);
-  p->tile_vectors = i32(p->unit_rows == 1 ? clamp(kGemmTile / p->lanes, 1, kGemmTileVectors) : max_block_vectors(isa_at(isa)->registers));
+  *p = header(format == TK_CSR ? k_gemm_csr_f32 : format == TK_BSR ? k_gemm_bsr_f32 : k_gemm_bsr1x4_f32, format, v, w);
+  p->tile_vectors = i32(p->unit_rows == 1 ? clamp(kGemmTile / p->lanes, 1, kGemmTileVectors) : max_block_vectors(v.registers));
   p->block_channels = kGemmColumns;
   p->blocks = ceil_div(w.cols, kGemmColumns);
   const bool short_rows = w.nnz / w.rows < w.cols / 16;  // fewer, longer pieces of them are worth more than L1

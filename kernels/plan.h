@@ -30,11 +30,12 @@ Phases column_phases(const Packed& p);
 tk_status plan_strips(Packed* p, Strip* strips);
 
 // Pixels of a tile in memory; 0 for planes.
-int64_t tile_pixels(tk_layout layout, int64_t pixels, int32_t isa);
+int64_t tile_pixels(tk_layout layout, int64_t pixels, const tk_vectors& v);
 
-// Fill the header. Sizes depend on shape, stored values, ISA and tuning only.
-tk_status plan_conv2d(const tk_conv2d& shape, const tk_csr& weight, tk_format format, int32_t isa, const tk_tuning* tuning, Packed* p);
-tk_status plan_gemm(const tk_csr& weight, tk_format format, int32_t isa, Packed* p);
+// Fill the header, all but the ISA. Sizes depend on shape, vectors and tuning only, of a gemm also on the number of non-zeros; of the
+// weight nothing but its three numbers is read.
+tk_status plan_conv2d(const tk_conv2d& shape, const tk_csr& weight, tk_format format, const tk_vectors& v, const tk_tuning* tuning, Packed* p);
+tk_status plan_gemm(const tk_csr& weight, tk_format format, const tk_vectors& v, Packed* p);
 
 }  // namespace tk
 

@@ -158,6 +158,46 @@ TK_API int64_t tk_parts(const void* packed, int64_t batch);
 TK_API size_t tk_workspace_bytes(const void* packed);  // per thread
 TK_API tk_status tk_run(const void* packed, const tk_args* args, int64_t part_begin, int64_t part_end, void* workspace);
 
+// ---- how a layer would be cut up ------------------------------------------------------------------------------------------------
+
+// What of an ISA decides how layers are cut up; also of an ISA that this build has no kernels for.
+typedef struct tk_vectors {
+  int32_t lanes;      // float32 of a vector: a power of two, 1 … 16
+  int32_t registers;  // 8 … 32
+  int32_t tile;       // vectors of the widest tile of single rows: 1 … 20
+  int32_t good_tile;  // and of one as a rule, at most `tile`
+  int32_t block_tile;    // of the widest tile of a convolution in TK_BSR: 1 … 20
+  int32_t reads_planes;  // 1 where pointwise convolutions may read planes in place
+  int32_t value_bytes;   // of a convolution's weight in memory: 4, or 2 for halves
+} tk_vectors;
+
+// Those of an ISA of this build. TK_BAD_ARGUMENT, TK_BAD_ISA.
+TK_API tk_status tk_isa_vectors(int32_t isa, tk_vectors* vectors);
+
+// In counts. Of one image; of one channel of a depthwise
+// convolution; of a whole product. What it says of this machine's vectors is what packing there does.
+typedef struct tk_cut {
+  int64_t tiles, tile_vectors;     // tiles of pixels or rows of batch; vectors of each but the last. Products of one row have no vectors
+  int64_t vectors;                 // of all tiles
+  int64_t units;                   // rows of the output, or in TK_BSR fours of them: each has a visit for every tile and block
+  int64_t blocks, block_channels;  // blocks of input channels; for products passes over blocks of columns, and columns of a row pointer
+  int64_t group_tiles;             // tiles whose input is gathered at once
+  int64_t strips;                  // copies of a channel that it is gathered into
+  int64_t window;                  // floats of input that a tile reads in one block
+  int64_t filled, pieces;          // floats gathered or transposed, and in how many pieces; 0 pieces: by whole vectors
+  int64_t waiting;                 // floats of the accumulators that wait from block to block
+  int64_t spans;                   // pieces a channel of output is written in, about; 0: whole tiles
+  int64_t taps, misaligned_taps;   // of the window, and those whose loads begin in the middle of a vector
+  int64_t pitch, in_place;         // of output rows as lanes see them; 1 where tiles are read where they are
+} tk_cut;
+
+// Of a weight of so many stored values. `tuning` may be null. TK_BAD_ARGUMENT, TK_BAD_SHAPE, TK_TOO_LARGE as in packing.
+TK_API tk_status tk_conv2d_cut(const tk_conv2d* shape, int64_t stored, tk_format format, const tk_vectors* vectors, const tk_tuning* tuning,
+                               tk_cut* cut);
+// Of a weight rows x cols with so many non-zeros and a batch of 1 … 2^31 - 1 rows.
+TK_API tk_status tk_gemm_cut(int64_t rows, int64_t cols, int64_t nnz, tk_format format, const tk_vectors* vectors, int64_t batch,
+                             tk_cut* cut);
+
 TK_API const char* tk_version(void);
 
 #ifdef __cplusplus

@@ -84,11 +84,11 @@ def test_an_unknown_isa_is_said_but_the_library_loads(monkeypatch):
 def test_missing_packages_are_reasons(monkeypatch):
     """As in a base install: no torch, no openvino."""
     monkeypatch.setattr(doctor, "_version", lambda name: None if name in {"torch", "openvino"} else "1.0")
-    for name in ("torch", "xnnpack", "openvino"):
+    for name in ("torch", "xnnpack", "openvino", "executorch"):
         monkeypatch.setattr(engines.get(name), "find_spec", lambda _: None)
     found = doctor.examine()
     assert found["packages"]["torch"] is None
-    for name, extra in (("torch", "find"), ("xnnpack", "find"), ("openvino", "bench")):
+    for name, extra in (("torch", "find"), ("xnnpack", "find"), ("openvino", "bench"), ("executorch", "executorch")):
         assert not found["engines"][name]["usable"]
         assert f"ticketkit[{extra}]" in found["engines"][name]["why_not"]
         console = Console(width=200, file=io.StringIO())

@@ -26,6 +26,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "cost": ({"errors", "formats", "lower"}, DEPLOY),
     "planner": ({"errors", "formats", "runtime", "lower", "cost"}, DEPLOY | {"onnx", "rich"}),
 }
+ROOMS["cores"] = ({"errors", "formats", "runtime", "lower", "cost"}, DEPLOY)
 ROOMS["tune"] = ({"errors", "formats", "runtime", "lower", "cost", "planner"}, DEPLOY | {"onnxruntime"})
 ROOMS["inputs"] = ({"errors", "formats", "ticket"}, DEPLOY | {"PIL"})
 ROOMS["exporters"] = ({*ROOMS, "exporters"}, DEPLOY | {"onnx", "onnxruntime", "safetensors"})
@@ -58,6 +59,7 @@ MORE = {  # file -> packages that it may use beside those of its room
     "exporters/_torch.py": {"torch"},
     "exporters/torch.py": {"torch"},
     "exporters/executorch.py": {"torch", "executorch"},
+    "bench/engines/executorch.py": {"torch", "executorch"},
 }
 ONLY_HERE = {"ctypes": "runtime/native.py", "click": "cli"}
 LAZY_TORCH = {"bench", "estimator", "exporters", "quickstart"}  # may import torch inside a function, never at module level

@@ -1,7 +1,8 @@
 """`estimate`: what a network would gain from sparsity, before anybody trains it.
 
 A distribution says which weights of each prunable layer would be zero; the planner then predicts the network with these zeros as it does
-any other. Nothing is trained, exported or run, and values do not matter: a pruned layer stands here as its mask.
+any other. Nothing is trained, exported or run, and values do not matter: a pruned layer stands here as its mask. For a device, a core of
+`ticketkit.cores`, the times of what the planner chose are simulated.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from ticketkit import cost, masks
+from ticketkit import cores, cost, masks
+from ticketkit.cores import Core, predict
 from ticketkit.errors import ModelError, TicketError
 from ticketkit.exporters._source import Source, load
 from ticketkit.lower import Layer, Network, lower
@@ -37,6 +39,12 @@ COUNTED = (
     "An estimate: times of convolutions and matrix products on one core, by a cost model fitted on {machine}."
     " Other operators, and changes of layout between dense and sparse layers, are not counted;"
     " ratios carry over to other processors better than times do."
+)
+SIMULATED = (
+    "Simulated, nothing was run: times of convolutions and matrix products on one core, {core}, by a model of its pipes and caches"
+    " (ticketkit/cores; {processor}). Dense is an engine that keeps its loops {share:.0%} busy; formats are those that"
+    " `ticketkit export` chooses. Other operators, changes of layout, other cores and heat are not counted; ratios carry over better"
+    " than times do."
 )
 RANDOM = "The weights are random initialisation: global magnitude spreads the zeros of trained weights over the layers in another way."
 FOLDED = "Magnitudes are those of the weights with BatchNorm folded in."
@@ -89,6 +97,7 @@ class Estimate:
         machine: where the cost model was fitted.
         levels: one per sparsity, in the order asked for.
         notes: how to read it.
+        device: the core that the times were simulated for; None: predicted by the cost model.
     """
 
     model: str
@@ -100,11 +109,13 @@ class Estimate:
     machine: str
     levels: tuple[Level, ...]
     notes: tuple[str, ...]
+    device: Core | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values only."""
-        fields = {name: value for name, value in vars(self).items() if name != "levels"}
-        return {**fields, "levels": [level.to_dict() for level in self.levels]}
+        """JSON values only; for a device also its name and clock, and that the times are simulated."""
+        fields = {name: value for name, value in vars(self).items() if name not in ("levels", "device")}
+        how = {"simulated": True, "device": self.device.name, "ghz": self.device.ghz} if self.device else {}
+        return {**how, **fields, "levels": [level.to_dict() for level in self.levels]}
 
 
 def estimate(
@@ -116,6 +127,7 @@ def estimate(
     round: int | None = None,
     input_shape: Sequence[int] | None = None,
     batch: int | None = None,
+    device: str | None = None,
 ) -> Estimate:
     """Predict the latency of a network at some sparsities, without training or pruning it.
 
@@ -131,12 +143,16 @@ def estimate(
         round: of a run directory; None: the last finished one.
         input_shape: of one image [C, H, W], or with batch; None: as the source states, 3 x 224 x 224 for torchvision's networks.
         batch: images of one run; None: as the source states, else 1.
+        device: a core of `ticketkit.cores`, with a clock if not its own: "cortex-a55@2.0". Times are simulated for it; None: predicted by
+            the cost model, which was fitted on a processor of servers.
 
     Raises:
         TicketError: a sparsity, distribution or granularity that is none, or a sparsity below that of a pruned source with "global".
+        TicketkitError: no such core.
         ModelError, FormatError, ExportError: the source is missing, damaged or unsupported, or has no prunable layer.
     """
     levels, block = _fractions(sparsity), masks.parse_block(granularity)
+    core = cores.get(device) if device is not None else None
     if distribution not in DISTRIBUTIONS:
         raise TicketError(f"distribution: expected one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}")
     named = _is_name(source)
@@ -145,11 +161,30 @@ def estimate(
     layers, rule = prunable(network)
     weights = {layer.name: layer.weight for layer in layers}
     share = sum(w.size for w in weights.values()) / sum(layer.weight.size for layer in network.layers)
-    found = tuple(Level(s, plan(_pruned(network, DISTRIBUTIONS[distribution](weights, s, block)))) for s in levels)
+    pruned = [_pruned(network, DISTRIBUTIONS[distribution](weights, s, block)) for s in levels]
+    plans = [_simulated(of, plan(of), core) if core else plan(of) for of in pruned]
+    found = tuple(Level(s, chosen) for s, chosen in zip(levels, plans, strict=True))
     machine, by_magnitude = str(cost.table()["machine"]), distribution == "global"
-    notes = (COUNTED.format(machine=machine), *([RANDOM if named else FOLDED] if by_magnitude else []))
+    counted = COUNTED.format(machine=machine)
+    if core:
+        machine, counted = core.label, SIMULATED.format(core=core.label, processor=core.processor, share=core.dense_sustained)
+    notes = (counted, *([RANDOM if named else FOLDED] if by_magnitude else []))
     name = os.fspath(source) if isinstance(source, str | os.PathLike) else "model"
-    return Estimate(name, tuple(weights), rule, share, distribution, granularity, machine, found, notes)
+    return Estimate(name, tuple(weights), rule, share, distribution, granularity, machine, found, notes, core)
+
+
+def _simulated(network: Network, chosen: Plan, core: Core) -> Plan:
+    """The plan with the times of its layers on a core."""
+    choices = []
+    for layer, choice in zip(network.layers, chosen.choices, strict=True):
+        dense = predict.predict_us(core, layer, cost.DENSE)
+        us = dense if choice.format == cost.DENSE else predict.predict_us(core, layer, choice.format)
+        if choice.format == cost.DENSE and choice.reason.startswith("predicted"):  # for another processor
+            choice = replace(choice, reason="dense, as `export` chooses")  # noqa: PLW2901
+        elif us is not None and choice.format != cost.DENSE:
+            choice = replace(choice, reason=f"simulated {us:.0f} µs, dense {dense:.0f}")  # noqa: PLW2901
+        choices.append(replace(choice, dense_us=dense, chosen_us=us))
+    return replace(chosen, choices=tuple(choices))
 
 
 def prunable(network: Network) -> tuple[Sequence[Layer], str]:
@@ -301,7 +336,8 @@ def render(found: Estimate, layers: bool = False) -> Group:
     from ticketkit import planner
 
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for title in ("sparsity", "dense ms", "sparse ms", "speedup", "FLOPs left", *PACKED, "of layers", "dense MB", "stored MB"):
+    of = f"{cores.LABEL} " if found.device else ""
+    for title in ("sparsity", f"{of}dense ms", f"{of}sparse ms", "speedup", "FLOPs left", *PACKED, "of layers", "dense MB", "stored MB"):
         table.add_column(title, justify="right", no_wrap=True)
     for level in found.levels:
         t, (dense, sparse) = level.plan.totals(), level.ms
@@ -313,5 +349,6 @@ def render(found: Estimate, layers: bool = False) -> Group:
         f"{found.model} at {shape}: {found.distribution} sparsity, {found.granularity}, of {len(found.prunable)} layers"
         f" ({found.rule}) with {found.share:.1%} of the weights"
     )
-    tables = [part for level in found.levels for part in (f"\nat {level.sparsity:.2%}", planner.render(level.plan))] if layers else []
+    how = f"{cores.LABEL} on {found.device.label}" if found.device else "predicted on one core"
+    tables = [part for level in found.levels for part in (f"\nat {level.sparsity:.2%}", planner.render(level.plan, how))] if layers else []
     return Group(Text(head), "", table, "", *map(Text, found.notes), *tables)

@@ -301,8 +301,8 @@ def _flops(layer: Layer, weights: int) -> int | None:
     return None if layer.uses is None else 2 * weights * layer.uses
 
 
-def render(plan: Plan) -> Group:
-    """The plan as a table with its totals, for a terminal."""
+def render(plan: Plan, how: str = "predicted on one core") -> Group:
+    """The plan as a table with its totals, for a terminal; `how` its times came about."""
     from rich.console import Group
     from rich.table import Table
 
@@ -318,6 +318,6 @@ def render(plan: Plan) -> Group:
         f"{t['sparse_layers']} of {len(plan.choices)} layers sparse at {shape}; prunable sparsity {t['prunable_sparsity']:.2%},"
         f" whole model {t['model_sparsity']:.2%}; {t['flops_left'] / 1e6:,.1f} of {t['flops_dense'] / 1e6:,.1f} MFLOP left;"
         f" weights {t['weight_bytes_stored']:,} of {t['weight_bytes_dense']:,} bytes{' (fp16)' if plan.values == 'fp16' else ''};"
-        f" predicted on one core {t['predicted_us'] / 1e3:.1f} of {t['predicted_us_dense'] / 1e3:.1f} ms"
+        f" {how} {t['predicted_us'] / 1e3:.1f} of {t['predicted_us_dense'] / 1e3:.1f} ms"
     )
     return Group(table, "", text)

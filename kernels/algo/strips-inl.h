@@ -89,11 +89,6 @@ class VectorCopies {
  public:
   enum Mask { kNone, kAll, kHead, kTail };
 
-  static bool possible(const Packed& p) {
-    const tk_conv2d& s = p.shape;
-    return p.x_tile == 0 && (p.pitch % Vec::kLanes == 0 || p.pointwise()) && s.stride_w <= 2 && s.in_h * s.in_w < kMaxPlane;
-  }
-
   // As in Segments; rows begin at column `begin`, for whole vectors.
   VectorCopies(const Packed& p, const Strip& strip, int64_t first, int64_t length, int64_t begin = 0)
       : p_(p),
@@ -130,8 +125,6 @@ class VectorCopies {
   Vec masks[kStripMasks];
 
  private:
-  static constexpr int64_t kMaxPlane = int64_t{1} << 30;
-
   VectorCopy of_row() const {
     const tk_conv2d& s = p_.shape;
     const int64_t iy = s.stride_h * row_ + strip_.phase - s.pad_top;
@@ -208,6 +201,6 @@ static void fill_planes(const Packed& p, const Fill& f) {
 
 static void fill_strips(const Packed& p, const Fill& f) {
   if (p.x_tile == 0 && p.pointwise()) return fill_planes(p, f);
-  const bool vectors = VectorCopies::possible(p);
+  const bool vectors = p.whole_vectors();
   for (int32_t i = 0; i < p.strip_count; ++i) (vectors ? fill_vectors : fill_segments)(p, p.strips()[i], f);
 }

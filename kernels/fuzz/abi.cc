@@ -140,7 +140,12 @@ void convolution(Input& in, int32_t isa, tk_format format) {
                             static_cast<int32_t>(in.size(in.within(0, 4)))};
   const tk_tuning* const given = in.flip() ? &tuning : nullptr;
   size_t bytes = 0;
+  tk_cut cut;
+  const tk_vectors vectors = {4, 32, 20, 20, 6, 1, 4};
   const tk_status status = tk_conv2d_packed_bytes(&s, &w.csr, format, isa, given, &bytes);
+  const tk_status of_cut = tk_conv2d_cut(&s, static_cast<int64_t>(w.csr.nnz < 0 ? 0 : w.csr.nnz), format, &vectors, given, &cut);  // of its own geometry, whatever the weight
+  if (of_cut == TK_OK) TK_REQUIRE(cut.tiles >= 1 && cut.blocks >= 1 && cut.filled >= 0 && cut.pieces >= 0);
+  if (status == TK_OK) TK_REQUIRE(of_cut == TK_OK || of_cut == TK_TOO_LARGE);  // wider tiles may have too long strips
   if (w.status != TK_OK) TK_REQUIRE(status != TK_OK);
   if (status != TK_OK || bytes > kMostBytes) return;
   const Memory packed = aligned(bytes);
@@ -157,7 +162,11 @@ void product(Input& in, int32_t isa, tk_format format) {
   const int64_t rows = in.size(in.within(1, 60)), cols = in.size(in.within(1, 300));
   const Weight w(in, rows, cols);
   size_t bytes = 0;
+  tk_cut cut;
+  const tk_vectors vectors = {4, 32, 20, 20, 6, 1, 4};
   const tk_status status = tk_gemm_packed_bytes(&w.csr, format, isa, &bytes);
+  const tk_status of_cut = tk_gemm_cut(rows, cols, w.csr.nnz, format, &vectors, cols, &cut);
+  if (of_cut == TK_OK) TK_REQUIRE(cut.tiles >= 1 && cut.blocks >= 1 && cut.filled >= 0);
   if (w.status != TK_OK) TK_REQUIRE(status != TK_OK);
   if (status != TK_OK || bytes > kMostBytes) return;
   const Memory packed = aligned(bytes);

@@ -12,6 +12,7 @@ import click
 from ticketkit.cli import _options
 
 TARGETS = sorted(file.stem.replace("_", "-") for file in (Path(__file__).parents[1] / "exporters").glob("[!_]*.py"))
+CORES = sorted(file.stem for file in (Path(__file__).parents[1] / "cores").glob("*.json"))
 DISTRIBUTIONS = ["global", "uniform", "erk"]
 
 
@@ -97,6 +98,7 @@ def inspect(source: str, round: int | None, input_shape: list[int] | None, as_js
 @click.option("--input-shape", metavar="C,H,W", callback=_options.shape,
               help="Of one image, where MODEL leaves it open.  [torchvision: 3,224,224]")
 @click.option("--batch", type=click.IntRange(1), metavar="N", help="Images of one run.  [default: the model's, else 1]")
+@click.option("--device", metavar="CORE[@GHZ]", help=f"Simulate one of {', '.join(CORES)}, at another clock than its usual one if given.")
 @click.option("--layers", is_flag=True, help="Show every layer at every sparsity, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print the estimate, with every layer, as JSON.")
 def estimate(source: str, sparsity: list[float], layers: bool, as_json: bool, **options: Any) -> None:
@@ -115,6 +117,11 @@ def estimate(source: str, sparsity: list[float], layers: bool, as_json: bool, **
     \b
     ticketkit estimate resnet50 --sparsity 0.7,0.8,0.9 --distribution erk
     ticketkit estimate model.onnx --sparsity 0.9 --granularity 4x1 --layers
+    ticketkit estimate mobilenet_v2 --sparsity 0.8,0.9 --distribution uniform --device cortex-a55@1.8
+
+    With --device the times are simulated: computed from what starts in a cycle on that core, its caches and its clock
+    (ticketkit/cores), for the kernels as they would run there. Nothing is known of the device beyond that; to measure it,
+    use `ticketkit bench`.
     """
     from rich.console import Console
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,11 +43,16 @@ def encode(network: Network, plan: Plan) -> bytes:
         ExportError: executorch is missing or does not load, it cannot lower the network, or XNNPACK takes over nothing of it.
         ModelError: an operator unknown to `ticketkit.runtime.torch_graph`.
     """
+    return lowered(network.model, list(random_inputs(network, batch=1).values()))
+
+
+def lowered(model: ModelProto, inputs: Sequence[Array]) -> bytes:
+    """A program for inputs of the shapes and types of these, in the order of the graph's; raises as `encode`."""
     lower, partitioner, _ = _executorch()
     import torch
 
-    module, _ = as_module(torch_graph.rebuild(network.model))
-    examples = [torch.from_numpy(array) for array in random_inputs(network, batch=1).values()]
+    module, _ = as_module(torch_graph.rebuild(model))
+    examples = [torch.from_numpy(array) for array in inputs]
     program = trace(module, examples, [{}] * len(examples))
     try:
         with quiet():
@@ -61,7 +66,7 @@ def encode(network: Network, plan: Plan) -> bytes:
 
 def decode(data: bytes, network: Network) -> ModelProto:
     """The network, once the file has proved to be a program; FormatError for a damaged one."""
-    _method(data)
+    method(data)
     return network.model
 
 
@@ -69,21 +74,21 @@ def runners(data: bytes, network: Network) -> Mapping[str, Runner]:
     """The program in ExecuTorch's own runtime, as many samples at a time as it takes."""
     import torch
 
-    method = _method(data)
+    program = method(data)
     names = [info.name for info in network.model.graph.output]
 
     def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
         tensors = [torch.from_numpy(array) for array in feeds.values()]
-        step, batch = method.metadata.input_tensor_meta(0).sizes()[0], len(tensors[0])
+        step, batch = program.metadata.input_tensor_meta(0).sizes()[0], len(tensors[0])
         pieces = [[t[at : at + step] if len(t) == batch else t for t in tensors] for at in range(0, batch, step)]
-        results = [[np.array(y) for y in method.execute(piece)] for piece in pieces]
+        results = [[np.array(y) for y in program.execute(piece)] for piece in pieces]
         return {name: np.concatenate(parts) for name, *parts in zip(names, *results, strict=True)}
 
     return {"executorch": run}
 
 
-def _method(data: bytes) -> Any:
-    """The program's only method, loaded."""
+def method(data: bytes) -> Any:
+    """The program's only method, loaded; FormatError for a damaged one."""
     *_, runtime = _executorch()
     try:
         with quiet():

@@ -94,6 +94,50 @@ class _Tuning(c.Structure):
     _fields_ = [(name, c.c_int32) for name in ("tile_vectors", "block_channels", "group_tiles")]
 
 
+@dataclass(frozen=True)
+class Vectors:
+    """What of an instruction set decides how layers are cut up: `tk_vectors` of kernels/ticketkit.h."""
+
+    lanes: int
+    registers: int
+    tile: int
+    good_tile: int
+    block_tile: int
+    reads_planes: int
+    value_bytes: int
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a layer would be cut up on some processor, in counts: `tk_cut` of kernels/ticketkit.h, where each is explained."""
+
+    tiles: int
+    tile_vectors: int
+    vectors: int
+    units: int
+    blocks: int
+    block_channels: int
+    group_tiles: int
+    strips: int
+    window: int
+    filled: int
+    pieces: int
+    waiting: int
+    spans: int
+    taps: int
+    misaligned_taps: int
+    pitch: int
+    in_place: int
+
+
+class _Vectors(c.Structure):
+    _fields_ = [(name, c.c_int32) for name in Vectors.__dataclass_fields__]
+
+
+class _Cut(c.Structure):
+    _fields_ = [(name, c.c_int64) for name in Cut.__dataclass_fields__]
+
+
 class _Args(c.Structure):
     _fields_ = [("batch", c.c_int64), ("x", c.c_void_p), ("bias", c.c_void_p), ("residual", c.c_void_p), ("y", c.c_void_p),
                 ("min", c.c_float), ("max", c.c_float), ("activation", c.c_int32), ("slope", c.c_float)]  # fmt: skip
@@ -120,6 +164,9 @@ _SIGNATURES: dict[str, tuple[Any, Sequence[Any]]] = {
     "tk_conv2d_pack": (c.c_int, [c.POINTER(_Conv2d), c.POINTER(_Csr), c.c_int, c.c_int32, c.POINTER(_Tuning), c.c_void_p, c.c_size_t]),
     "tk_gemm_packed_bytes": (c.c_int, [c.POINTER(_Csr), c.c_int, c.c_int32, c.POINTER(c.c_size_t)]),
     "tk_gemm_pack": (c.c_int, [c.POINTER(_Csr), c.c_int, c.c_int32, c.c_void_p, c.c_size_t]),
+    "tk_isa_vectors": (c.c_int, [c.c_int32, c.POINTER(_Vectors)]),
+    "tk_conv2d_cut": (c.c_int, [c.POINTER(_Conv2d), c.c_int64, c.c_int, c.POINTER(_Vectors), c.POINTER(_Tuning), c.POINTER(_Cut)]),
+    "tk_gemm_cut": (c.c_int, [*[c.c_int64] * 3, c.c_int, c.POINTER(_Vectors), c.c_int64, c.POINTER(_Cut)]),
     "tk_parts": (c.c_int64, [c.c_void_p, c.c_int64]),
     "tk_workspace_bytes": (c.c_size_t, [c.c_void_p]),
     "tk_run": (c.c_int, [c.c_void_p, c.POINTER(_Args), c.c_int64, c.c_int64, c.c_void_p]),
@@ -344,9 +391,7 @@ def conv2d(shape: ConvShape, parts: Parts, *, format: str = "csr", isa: str | No
     depthwise convolutions.
     `isa` defaults to the active one. Raises FormatError, KernelError.
     """
-    tk, csr = _library(), _csr(shape.out_channels, shape.cols, parts)
-    layouts = [_named("layout", name, _LAYOUTS) for name in (shape.x_layout, shape.y_layout)]
-    geometry = _Conv2d(*astuple(shape)[: -len(layouts)], *layouts)
+    tk, csr, geometry = _library(), _csr(shape.out_channels, shape.cols, parts), _geometry(shape)
     index, form, size = _isa_index(isa), _named("packed format", format, _FORMATS), c.c_size_t()
     cut = _Tuning(*astuple(tuning or Tuning()))
     _check(tk.tk_conv2d_packed_bytes(geometry, csr, form, index, cut, size), "conv2d")
@@ -366,6 +411,35 @@ def gemm(rows: int, cols: int, parts: Parts, *, format: str = "csr", isa: str | 
     packed = aligned(size.value)
     _check(tk.tk_gemm_pack(csr, form, index, packed.ctypes.data, size.value), "gemm")
     return Layer(packed, (cols,), (rows,))
+
+
+def _geometry(shape: ConvShape) -> _Conv2d:
+    layouts = [_named("layout", name, _LAYOUTS) for name in (shape.x_layout, shape.y_layout)]
+    return _Conv2d(*astuple(shape)[: -len(layouts)], *layouts)
+
+
+def vectors(isa: str | None = None) -> Vectors:
+    """Those of an instruction set of this build, by default the active one. Raises KernelError."""
+    found = _Vectors()
+    _check(_library().tk_isa_vectors(_isa_index(isa), found), "vectors")
+    return Vectors(*(getattr(found, name) for name in Vectors.__dataclass_fields__))
+
+
+def cut_conv2d(shape: ConvShape, stored: int, format: str, on: Vectors, tuning: Tuning | None = None) -> Cut:
+    """How `conv2d` would cut up one image, of a weight of so many stored values, on such vectors, of this processor or of another.
+
+    Raises KernelError for a geometry that packing refuses, and for vectors beyond what `tk_vectors` allows.
+    """
+    cut, given, form = _Cut(), _Tuning(*astuple(tuning or Tuning())), _named("packed format", format, _FORMATS)
+    _check(_library().tk_conv2d_cut(_geometry(shape), stored, form, _Vectors(*astuple(on)), given, cut), "cut")
+    return Cut(*(getattr(cut, name) for name in Cut.__dataclass_fields__))
+
+
+def cut_gemm(rows: int, cols: int, nnz: int, format: str, on: Vectors, batch: int) -> Cut:
+    """How `gemm` would cut up a product of so many rows of input, as `cut_conv2d`. Raises KernelError."""
+    cut, form = _Cut(), _named("packed format", format, _FORMATS)
+    _check(_library().tk_gemm_cut(rows, cols, nnz, form, _Vectors(*astuple(on)), batch, cut), "cut")
+    return Cut(*(getattr(cut, name) for name in Cut.__dataclass_fields__))
 
 
 def stored_values(rows: int, cols: int, parts: Parts, format: str) -> int:
