@@ -105,8 +105,16 @@ def test_xnnpack_where_it_is_linked(layers: Path, written: Path) -> None:
         without = {c["layer"]: c["without"] for c in checked}
         assert all(c["ok"] for c in checked)
         assert without == dict.fromkeys("bdgh") | dict.fromkeys("acf", "activation") | {"e": "residual"}
+        plain = events(say(layers, written, "--check-only", "--plain").stdout, "checked")
+        assert all(c["ok"] and c["without"] is None for c in plain) and len(plain) == 3 * 8 + 2, "all compute the same"
     else:
         pytest.skip("this build has no XNNPACK")
+
+
+def test_plain_leaves_out_what_follows_the_clip(layers: Path, written: Path) -> None:
+    runs = [say(layers, written, "--check-only", "--engines", "sparse", *more).stdout for more in ((), ("--plain",))]
+    whole, plain = ({c["layer"]: c["max_abs_output"] for c in events(run, "checked")} for run in runs)
+    assert {name for name in whole if whole[name] != plain[name]} == set("acef")  # activations, and the residual of e
 
 
 @pytest.mark.parametrize("engine", ["sparse", "dense"])
