@@ -31,7 +31,7 @@ from pathlib import Path
 
 import command
 import numpy as np
-import runners
+import programs
 from models import Model
 from rich.console import Console
 from rich.table import Table
@@ -104,18 +104,18 @@ class Emulation:
             (root / folder.name).symlink_to(folder)
         return cls(root, build, library)
 
-    def run(self, name: str, *words: object) -> list[runners.Event]:
+    def run(self, name: str, *words: object) -> list[programs.Event]:
         """What the program of that name says."""
-        return runners.run([EMULATOR, "-cpu", CPU, "-L", self.root, runners.find(self.build, name, PRESET), *words])
+        return programs.run([EMULATOR, "-cpu", CPU, "-L", self.root, programs.find(self.build, name, PRESET), *words])
 
-    def network(self, model: Path, plain: Path, x: np.ndarray, scratch: Path) -> tuple[list[runners.Event], dict[str, np.ndarray]]:
+    def network(self, model: Path, plain: Path, x: np.ndarray, scratch: Path) -> tuple[list[programs.Event], dict[str, np.ndarray]]:
         """Events and outputs of both engines."""
         x.astype("<f4").tofile(scratch / "x.f32")
         chosen = ["--engine", f"onnxruntime={plain}", "--engine", f"ticketkit={model}"]
-        libraries = ["--library", self.library, "--operators", runners.find(self.build, "libticketkit.so", PRESET)]
+        libraries = ["--library", self.library, "--operators", programs.find(self.build, "libticketkit.so", PRESET)]
         inputs = ["--input", scratch / "x.f32", "--shape", ",".join(map(str, x.shape))]
         said = self.run("ticketkit-network", *libraries, *chosen, *inputs, "--outputs", scratch, "--check-only", "--timeout", 3600)
-        for event in runners.of(said, "failed"):
+        for event in programs.of(said, "failed"):
             raise KernelError(f"{model.name}: {event['engine']} under emulation: {event['message']}")
         return said, {name: np.fromfile(scratch / f"{name}.f32", "<f4") for name in ("onnxruntime", "ticketkit")}
 
@@ -132,7 +132,7 @@ def check(model: Model, chosen: argparse.Namespace, emulation: Emulation, timest
         said, outputs = emulation.network(path, plain, x, scratch)
         names = bundle.write(path, scratch / "bundle", x.shape)
         words = [scratch / "bundle", "--check-only", "--engines", "sparse,dense"]
-        checked = runners.of(emulation.run("ticketkit-layers", *words), "checked") if chosen.layers else []
+        checked = programs.of(emulation.run("ticketkit-layers", *words), "checked") if chosen.layers else []
     scale = float(np.abs(here).max())
     tolerance = timing.AGREE * scale
     whole, dense = (difference(outputs["ticketkit"], other) for other in (here, outputs["onnxruntime"]))

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import command
 import numpy as np
-import runners
+import programs
 from models import Model
 from rich.console import Console
 from rich.table import Table
@@ -79,18 +79,18 @@ class Row:
 def measure(model: Model, chosen: argparse.Namespace, timestamp: str) -> list[Row]:
     """Rows of a model: all its pointwise layers together, then each. KernelError for a wrong result; DataError for a model without one."""
     path = model.file(chosen.image, chosen.files)
-    program = runners.find(chosen.build, "ticketkit-layers", "device")
+    program = programs.find(chosen.build, "ticketkit-layers", "device")
     with tempfile.TemporaryDirectory(prefix="ticketkit-xnnpack-") as folder:
         file = Path(folder) / "bundle"
         bundle.write(path, file, (1, 3, chosen.image, chosen.image))
         pin = [] if chosen.cpu is None else ["--cpu", chosen.cpu]
         words = [program, file, "--plain", "--engines", f"{OURS},{SPARSE},{DENSE}", *pin]
         timing = ["--rounds", chosen.rounds, "--seconds", chosen.seconds, "--warmup", chosen.seconds]
-        said = runners.run([*words, *timing])
-    for event in (*runners.of(said, "failed"), *runners.of(said, "checked", ok=False)):
+        said = programs.run([*words, *timing])
+    for event in (*programs.of(said, "failed"), *programs.of(said, "checked", ok=False)):
         raise KernelError(f"{model}: {event['layer']} by {event['engine']}: {event.get('message', 'a wrong result')}")
-    taken = [e["layer"] for e in runners.of(said, "checked", engine=SPARSE)]
-    both = [name for name in taken if runners.of(said, "checked", engine=OURS, layer=name)]
+    taken = [e["layer"] for e in programs.of(said, "checked", engine=SPARSE)]
+    both = [name for name in taken if programs.of(said, "checked", engine=OURS, layer=name)]
     if not both:
         raise DataError(f"{model}: expected pointwise layers of stride 1 that run sparse, got none")
     common = (str(model), chosen.image, said[0]["isa"], machine.cpu_name(), version(), chosen.rounds, chosen.seconds, timestamp)
@@ -98,16 +98,16 @@ def measure(model: Model, chosen: argparse.Namespace, timestamp: str) -> list[Ro
     return [row(both, said, common), *rows]
 
 
-def row(names: Sequence[str], said: Sequence[runners.Event], common: tuple[str, int, str, str, str, int, float, str]) -> Row:
+def row(names: Sequence[str], said: Sequence[programs.Event], common: tuple[str, int, str, str, str, int, float, str]) -> Row:
     """The row of these layers, times of a round summed."""
     model, image, isa, cpu, library, rounds, seconds, timestamp = common
     times: dict[str, list[float]] = {}
     for engine in (OURS, SPARSE, DENSE):
         by_layer = [medians(said, name, engine) for name in names]
         times[engine] = [sum(of_round) for of_round in zip(*by_layer, strict=True)]
-    about = [runners.of(said, "layer", layer=name)[0] for name in names]
+    about = [programs.of(said, "layer", layer=name)[0] for name in names]
     one = about[0] if len(names) == 1 else {}
-    (ours,) = runners.of(said, "checked", layer=names[0], engine=OURS) if one else ({},)
+    (ours,) = programs.of(said, "checked", layer=names[0], engine=OURS) if one else ({},)
     ratio = {engine: float(np.median(np.array(times[engine]) / times[OURS])) for engine in (SPARSE, DENSE)}
     return Row(
         model=model,
@@ -137,9 +137,9 @@ def row(names: Sequence[str], said: Sequence[runners.Event], common: tuple[str, 
     )
 
 
-def medians(said: Sequence[runners.Event], layer: str, engine: str) -> list[float]:
+def medians(said: Sequence[programs.Event], layer: str, engine: str) -> list[float]:
     """Milliseconds of each round."""
-    return [float(np.median(event["ms"])) for event in runners.of(said, "round", layer=layer, engine=engine)]
+    return [float(np.median(event["ms"])) for event in programs.of(said, "round", layer=layer, engine=engine)]
 
 
 def version() -> str:
