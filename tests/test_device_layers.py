@@ -177,7 +177,7 @@ def hostile(whole: bytes) -> Iterator[tuple[bytes, str]]:
     at = 16 + 4 + 1  # of the first layer's flags; its name is one letter
     for offset, code, value, text in [
         (0, "<I", 8, "flags"), (4, "<i", 3, "format"), (8, "<i", 4, "activation"), (12, "<f", np.nan, "min, max"), (24, "<i", -1, "tuning"),
-        (40, "<q", 0, "sizes from 1"), (48, "<q", 2**40, "sizes from 1"), (48, "<q", 2, "weight: "), (56, "<q", 2**24, "2\\^28"),
+        (40, "<q", 0, "sizes from 1"), (48, "<q", 2**40, "sizes from 1"), (48, "<q", 2, "weight: "), (56, "<q", 2**24, "2\\^27"),
         (80, "<q", 2**20, "larger than its image"), (112, "<q", -1, "pads"), (160, "<q", 7, "one group, or depthwise"),
         (168, "<q", 3, "layouts"), (184, "<q", -1, "col_indices"), (184, "<q", 2**60, "col_indices"), (192, "<f", np.inf, "bias"),
     ]:  # fmt: skip
