@@ -5,6 +5,7 @@ device prints is passed over.
 
 A run is watched over there: beside the program waits a process that does nothing but read standard input. When that ends, because we
 closed it, the connection broke or this program was killed, it ends the program with all it has started, and removes the directory.
+Temporary files of libraries (onnxruntime writes one) are made in that directory too.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ FULL = ("no space left", "disk quota", "not enough space", "disk full")
 # program alone, which ends its own children.
 WATCHED = """\
 cd {directory} || exit 71
+export TMPDIR={directory}
 exec 3<&0 </dev/null
 {program} 3<&- &
 runner=$!
