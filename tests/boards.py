@@ -182,7 +182,7 @@ class Board:
         """Do something from another thread when the runner, told to wait, has come to that."""
 
         def act() -> None:
-            if eventually(self._waits, 10):
+            if eventually(self._waits, 30):
                 time.sleep(0.2)  # its last line is on the way
                 action()
 
@@ -199,7 +199,7 @@ class Board:
                 measure()
             finally:
                 os._exit(1)
-        assert eventually(self._waits, 20)
+        assert eventually(self._waits, 30)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
 

@@ -111,7 +111,7 @@ def test_a_connection_that_drops_keeps_the_rounds_and_the_device_cleans_up(serve
         report = measure(server, model)
     assert [row.n for row in report.rows] == [6, 6]
     assert "the run was cut off: exit code 255" in report.stopped
-    assert eventually(lambda: board.left() == [], 5) and eventually(board.ended, 5)
+    assert eventually(lambda: board.left() == [], 20) and eventually(board.ended, 20)
 
 
 def _sessions(pid):
@@ -124,7 +124,7 @@ def test_ctrl_c_over_ssh(server, board, model):
     with board.once_it_waits(lambda: os.kill(os.getpid(), signal.SIGINT)):
         report = measure(server, model)
     assert report.interrupted and [row.n for row in report.rows] == [6, 6]
-    assert board.left() == [] and eventually(board.ended, 5)
+    assert board.left() == [] and eventually(board.ended, 20)
 
 
 def test_a_runner_killed_over_ssh(server, board, model):
@@ -151,7 +151,7 @@ def test_a_port_where_nobody_listens(board, model):
 def test_the_device_cleans_up_when_this_side_is_killed(server, board, model):
     board.do("waits")
     board.measure_and_be_killed(lambda: measure(server, model))
-    assert eventually(lambda: board.left() == [], 5) and eventually(board.ended, 5)
+    assert eventually(lambda: board.left() == [], 20) and eventually(board.ended, 20)
 
 
 HERE = native.library_path().parent
