@@ -188,7 +188,7 @@ def test_which_processors_are_meant(text, cpus):
 
 
 @pytest.mark.parametrize(
-    ("threads", "cpus"), [(1, (8,)), (2, (4, 5, 6, 7, 8)), (5, (4, 5, 6, 7, 8)), (6, ())], ids=lambda value: str(value)
+    ("threads", "cpus"), [(1, (8,)), (2, (4, 5, 6, 7, 8)), (5, (4, 5, 6, 7, 8)), (6, ())], ids=str
 )
 def test_as_many_clusters_as_threads_need(threads, cpus):
     assert facts(*TENSOR).choose(None, threads) == cpus
