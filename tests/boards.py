@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
+from test_bench import eventually
 
 from ticketkit.bench.devices import _runner
 from ticketkit.bench.engines import onnxruntime
@@ -169,6 +176,44 @@ class Board:
     def calls(self) -> list[str]:
         """Every word that a client or the runner got, and ---- after each client's."""
         return self.log.read_text().splitlines() if self.log.exists() else []
+
+    @contextmanager
+    def once_it_waits(self, action: Callable[[], None]) -> Iterator[None]:
+        """Do something from another thread when the runner, told to wait, has come to that."""
+
+        def act() -> None:
+            if eventually(self._waits, 30):
+                time.sleep(0.2)  # its last line is on the way
+                action()
+
+        thread = threading.Thread(target=act)
+        thread.start()
+        yield
+        thread.join()
+
+    def measure_and_be_killed(self, measure: Callable[[], object]) -> None:
+        """Measure in a child, which is killed when the runner waits."""
+        child = os.fork()
+        if child == 0:
+            try:
+                measure()
+            finally:
+                os._exit(1)
+        assert eventually(self._waits, 30)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+    def ended(self) -> bool:
+        """Whether the runner that waited is gone."""
+        pid = int(self._told.read_text())
+        return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+    @property
+    def _told(self) -> Path:
+        return Path(f"{self.log}.pid")
+
+    def _waits(self) -> bool:
+        return self._told.exists() and bool(self._told.read_text())
 
     def runners(self, model: Path) -> None:
         """Let every ABI have the fake runner, and it the right outputs of this model."""

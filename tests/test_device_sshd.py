@@ -6,8 +6,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import threading
-import time
 from pathlib import Path
 
 import psutil
@@ -16,8 +14,9 @@ from boards import Board, program
 from test_bench import eventually, save_model
 
 from ticketkit.bench import devices, timing
-from ticketkit.bench.devices import _run
+from ticketkit.bench.devices import _run, _runner
 from ticketkit.errors import DeviceError
+from ticketkit.runtime import native
 
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
 SSH, KEYGEN = shutil.which("ssh"), shutil.which("ssh-keygen")
@@ -108,23 +107,11 @@ def test_files_over_ssh(server, board, tmp_path):
 
 def test_a_connection_that_drops_keeps_the_rounds_and_the_device_cleans_up(server, board, model):
     board.do("waits")
-    told = Path(f"{board.log}.pid")
-
-    def drop():
-        eventually(lambda: told.exists() and told.read_text(), 10)
-        time.sleep(0.2)
-        for session in _sessions(server[0].pid):
-            session.kill()
-
-    thread = threading.Thread(target=drop)
-    thread.start()
-    report = measure(server, model)
-    thread.join()
+    with board.once_it_waits(lambda: [session.kill() for session in _sessions(server[0].pid)]):
+        report = measure(server, model)
     assert [row.n for row in report.rows] == [6, 6]
     assert "the run was cut off: exit code 255" in report.stopped
-    assert eventually(lambda: board.left() == [], 5)
-    pid = int(told.read_text())
-    assert eventually(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, 5)
+    assert eventually(lambda: board.left() == [], 20) and eventually(board.ended, 20)
 
 
 def _sessions(pid):
@@ -134,21 +121,10 @@ def _sessions(pid):
 
 def test_ctrl_c_over_ssh(server, board, model):
     board.do("waits")
-    told = Path(f"{board.log}.pid")
-
-    def interrupt():
-        eventually(lambda: told.exists() and told.read_text(), 10)
-        time.sleep(0.2)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    report = measure(server, model)
-    thread.join()
+    with board.once_it_waits(lambda: os.kill(os.getpid(), signal.SIGINT)):
+        report = measure(server, model)
     assert report.interrupted and [row.n for row in report.rows] == [6, 6]
-    assert board.left() == []
-    pid = int(told.read_text())
-    assert eventually(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, 5)
+    assert board.left() == [] and eventually(board.ended, 20)
 
 
 def test_a_runner_killed_over_ssh(server, board, model):
@@ -174,16 +150,24 @@ def test_a_port_where_nobody_listens(board, model):
 
 def test_the_device_cleans_up_when_this_side_is_killed(server, board, model):
     board.do("waits")
-    told = Path(f"{board.log}.pid")
-    child = os.fork()
-    if child == 0:
-        try:
-            measure(server, model)
-        finally:
-            os._exit(1)
-    assert eventually(lambda: told.exists() and told.read_text(), 20)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    pid = int(told.read_text())
-    assert eventually(lambda: board.left() == [], 5)
-    assert eventually(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, 5)
+    board.measure_and_be_killed(lambda: measure(server, model))
+    assert eventually(lambda: board.left() == [], 20) and eventually(board.ended, 20)
+
+
+HERE = native.library_path().parent
+
+
+@pytest.mark.skipif(
+    not (HERE / "device").exists() and not (HERE / _runner.NETWORK).exists(), reason="the runners are not built beside the library"
+)
+def test_the_real_runner_over_ssh(server, board, model, monkeypatch):
+    monkeypatch.undo()  # the fake runner goes; the client and its folder stay
+    monkeypatch.setenv("PATH", f"{board.folder / 'clients'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("TMPDIR", str(board.root))
+    report = measure(server, model, rounds=2)
+    assert not report.failures and not report.stopped
+    dense, sparse = report.rows
+    assert min(dense.min_ms, sparse.min_ms) > 0 and dense.peak_rss_bytes > 10e6
+    assert max(dense.max_abs_diff, sparse.max_abs_diff) < 1e-4 * dense.max_abs_output
+    assert sparse.isa == native.active_isa().name
+    assert board.left() == []

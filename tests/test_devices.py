@@ -187,6 +187,13 @@ def test_which_processors_are_meant(text, cpus):
     assert _facts.numbers(_facts.ranges(cpus)) == cpus
 
 
+@pytest.mark.parametrize(
+    ("threads", "cpus"), [(1, (8,)), (2, (4, 5, 6, 7, 8)), (5, (4, 5, 6, 7, 8)), (6, ())], ids=str
+)
+def test_as_many_clusters_as_threads_need(threads, cpus):
+    assert facts(*TENSOR).choose(None, threads) == cpus
+
+
 @pytest.mark.parametrize("text", ["huge", "9", "0-9", "4-", "0,,1", "-1", "1;reboot", "", " 1", "5-4"])
 def test_processors_that_are_not_there(text):
     with pytest.raises(DeviceError, match="--cpus: expected little or middle or big or numbers such as 4-7, got "):

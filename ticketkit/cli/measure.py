@@ -34,7 +34,7 @@ def quickstart(out: str) -> None:
 @click.option("--layers", is_flag=True, help="On a device: each layer alone, one thread; XNNPACK too if the runner has it.")
 @click.option("--instructions", is_flag=True, help="With --device qemu: count the instructions of one run; takes minutes.")
 @click.option("--cpus", metavar="LIST",
-              help="On a device: run on these processors, 4-7, or on a cluster: big, little, middle.  [default: big]")
+              help="On a device: run on these processors, 4-7, or on a cluster: big, little, middle.  [default: the fastest]")
 @click.option("--runner", type=click.Path(path_type=Path), metavar="DIR", envvar="TICKETKIT_RUNNER", show_envvar=True,
               help="On a device: the folder with built runners.  [default: built and kept]")
 @click.option("--onnxruntime", "library", type=click.Path(path_type=Path), metavar="FILE",

@@ -84,7 +84,7 @@ def measure(
         steps += 1
 
     with tempfile.TemporaryDirectory(prefix="ticketkit-device-") as scratch:
-        load = _run.prepare(target, path, names, batch, Path(scratch), say)
+        load = _run.prepare(target, path, names, threads, batch, Path(scratch), say)
         with workplace(load.device, load.files, say) as directory:
             differences, heard = _run.check(load, directory, threads, timing.Protocol(timeout=timeout), Path(scratch), say)
             counts: dict[str, int] = {}

@@ -106,15 +106,18 @@ class Facts:
             for name, cpus in zip(names, ordered, strict=bool(count))
         )
 
-    def choose(self, text: str | None) -> tuple[int, ...]:
+    def choose(self, text: str | None, threads: int = 1) -> tuple[int, ...]:
         """The processors that `--cpus` means; () for no pinning.
 
-        None: the cluster `big` where there are several, since a thread that wanders between sorts has no one speed. DeviceError for a
-        cluster or processor that is not there.
+        None: where there are several clusters the fastest ones that together have `threads` processors, since a thread that wanders between
+        sorts has no one speed. DeviceError for a cluster or processor that is not there.
         """
         clusters = self.clusters
         if text is None:
-            return clusters[-1].cpus if len(clusters) > 1 else ()
+            chosen: tuple[int, ...] = ()
+            for cluster in reversed(clusters):
+                chosen = cluster.cpus + chosen if len(chosen) < threads else chosen
+            return tuple(sorted(chosen)) if len(chosen) < len(self.cpus) else ()
         named = {cluster.name: cluster.cpus for cluster in clusters}
         if text in named:
             return named[text]

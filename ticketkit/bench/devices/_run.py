@@ -38,7 +38,7 @@ class Target:
 
     Attributes:
         name: as `--device` has it.
-        cpus: as `--cpus` has it; None: the biggest cluster where there are several, else no pinning.
+        cpus: as `--cpus` has it; None: the fastest cluster where there are several (see `Facts.choose`), else no pinning.
         runner: folder with built runners; None: found or built.
         onnxruntime: the device's libonnxruntime; None: found or fetched.
     """
@@ -125,15 +125,8 @@ class Load:
         chosen = [word for name in names for word in ("--engine", f"{name}={directory}/{name}.onnx")]
         bound = ["--cpus", ranges(self.cpus)] if self.cpus else []
         words = [f"{directory}/{_runner.NETWORK}", "--library", f"{directory}/libonnxruntime.so", *chosen, *bound]
-        words += [
-            "--operators",
-            f"{directory}/{_runner.OPERATORS}",
-            "--input",
-            f"{directory}/input.f32",
-            "--threads",
-            str(threads),
-        ]
-        return [*words, "--shape", ",".join(map(str, self.shape)), *more]
+        words += ["--operators", f"{directory}/{_runner.OPERATORS}", "--input", f"{directory}/input.f32"]
+        return [*words, "--threads", str(threads), "--shape", ",".join(map(str, self.shape)), *more]
 
 
 def measure(
@@ -160,7 +153,7 @@ def measure(
         steps += 1
 
     with tempfile.TemporaryDirectory(prefix="ticketkit-device-") as scratch:
-        load = prepare(target, path, names, batch, Path(scratch), say)
+        load = prepare(target, path, names, threads, batch, Path(scratch), say)
         if load.device.emulated:
             raise DeviceError(f"{load.device.label}: an emulator has no times; `_emulate.measure` is for that")
         heard, stopped, interrupted = Heard(names), None, False
@@ -192,7 +185,7 @@ def measure(
         return timing.Report(load.subject, _with_ratios(found, heard), heard.failures, interrupted, said, stopped)
 
 
-def prepare(target: Target, path: Path, names: Sequence[str], batch: int, scratch: Path, say: Any) -> Load:
+def prepare(target: Target, path: Path, names: Sequence[str], threads: int, batch: int, scratch: Path, say: Any) -> Load:
     """Look at the device, find or build what it needs, and make the model's files ready in the folder `scratch`."""
     wrong = [name for name in names if name not in ENGINES]
     if wrong:
@@ -200,7 +193,7 @@ def prepare(target: Target, path: Path, names: Sequence[str], batch: int, scratc
     device = open_device(target.name)
     say("looking at the device")
     facts = device.describe()
-    cpus = facts.choose(target.cpus)
+    cpus = facts.choose(target.cpus, threads)
     programs = _runner.programs(facts.abi, (_runner.NETWORK, _runner.OPERATORS), target.runner, say)
     library = _runner.onnxruntime(facts.abi, target.onnxruntime, say)
     say("reading the model")

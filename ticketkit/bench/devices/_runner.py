@@ -240,7 +240,13 @@ def _step(words: Sequence[str], folder: Path, log: Path, output: int) -> None:
         raise DeviceError(f"no {words[0]} on the PATH; pip install 'ticketkit[device]' has it")
     try:
         done = subprocess.run(
-            [program, *words[1:]], cwd=folder, stdout=output, stderr=subprocess.STDOUT, check=False, timeout=BUILD_SECONDS
+            [program, *words[1:]],
+            cwd=folder,
+            env={**os.environ, "TICKETKIT_PYTHON": sys.executable},  # whose ziglang the presets use
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            check=False,
+            timeout=BUILD_SECONDS,
         )
     except subprocess.TimeoutExpired:
         raise DeviceError(f"building the runners took more than {BUILD_SECONDS} s and was stopped; see {log}") from None

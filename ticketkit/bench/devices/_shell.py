@@ -5,6 +5,7 @@ device prints is passed over.
 
 A run is watched over there: beside the program waits a process that does nothing but read standard input. When that ends, because we
 closed it, the connection broke or this program was killed, it ends the program with all it has started, and removes the directory.
+Temporary files of libraries (onnxruntime writes one) are made in that directory too.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ FULL = ("no space left", "disk quota", "not enough space", "disk full")
 # program alone, which ends its own children.
 WATCHED = """\
 cd {directory} || exit 71
+export TMPDIR={directory}
 exec 3<&0 </dev/null
 {program} 3<&- &
 runner=$!
@@ -107,11 +109,12 @@ class ShellDevice:
         """Raise what a copy that failed means, a full disk with how much is free."""
         if done.code == 0:
             return
-        if any(words in done.words.lower() for words in FULL):
-            free = self.free_bytes(to.rpartition("/")[0])
+        directory, size = to.rpartition("/")[0], file.stat().st_size
+        free = self.free_bytes(directory)
+        if any(words in done.words.lower() for words in FULL) or (free is not None and free < size and not done.words):
             raise DeviceError(
-                f"{self.label}: expected room for {file.name}, {file.stat().st_size:,} bytes, in {to.rpartition('/')[0]}, "
-                f"the disk is full{'' if free is None else f' ({free:,} bytes free)'}; free some there, or set TMPDIR there"
+                f"{self.label}: expected room for {file.name}, {size:,} bytes, in {directory}, the disk is full"
+                f"{'' if free is None else f' ({free:,} bytes free)'}; free some there, or set TMPDIR there"
             )
         raise DeviceError(f"{self.failure(done)}, while copying {file.name}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,14 +53,13 @@ def follow(
     directory: str,
     silence: float,
     take: Callable[[_events.Event], None],
-    listen: ExitStack | None = None,
 ) -> None:
-    """Run a program there and hand its events over until it has ended. `listen`: closed when the run is over.
+    """Run a program there and hand its events over until it has ended.
 
     Raises DeviceError when it did not end in order: an error of its own, a broken connection, a silence, an event nobody can believe.
     """
     over, code, error, fate = False, None, None, None
-    with listen or ExitStack(), device.run(words, directory, silence) as lines:
+    with device.run(words, directory, silence) as lines:
         for line in lines:
             event = _events.parse(line)
             if event is None:
@@ -104,7 +103,8 @@ def _orderly_end() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    ends = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, interrupt) for number in ends}
     try:
         yield
     finally:

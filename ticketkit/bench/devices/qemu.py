@@ -13,8 +13,9 @@ from ticketkit.bench.devices._shell import ShellDevice
 from ticketkit.errors import DeviceError
 
 USAGE, CLIENT = "qemu", "qemu-aarch64-static"
+CPU = "cortex-a76"
 SYSROOT = "/usr/aarch64-linux-gnu"  # where Debian's cross compiler keeps the C library of 64-bit ARM
-# Read in place of this machine's, which tells of another processor: onnxruntime crashes on that. A Cortex-A76.
+# Read in place of this machine's, which tells of another processor: onnxruntime crashes on that. As the emulator's CPU.
 CPUINFO = """\
 processor\t: 0
 BogoMIPS\t: 100.00
@@ -70,4 +71,4 @@ class Qemu(ShellDevice):
         return directory
 
     def program(self, words: Sequence[str]) -> str:
-        return join([CLIENT, "-L", "root", *self.options, *words])  # in the directory that `reserve` made
+        return join([CLIENT, "-cpu", CPU, "-L", "root", *self.options, *words])  # in the directory that `reserve` made
