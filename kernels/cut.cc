@@ -11,7 +11,7 @@ int64_t times(int64_t a, int64_t b) { return b > 0 && a > kMost / b ? kMost : a 
 
 bool known(const tk_vectors* v) {
   return v && within(v->lanes, 1, kMaxLanes) && (v->lanes & (v->lanes - 1)) == 0 && within(v->registers, kMinRegisters, kMaxRegisters) &&
-         within(v->tile, 1, kMaxTile) && within(v->good_tile, 1, v->tile);
+         within(v->tile, 1, kMaxTile) && within(v->good_tile, 1, v->tile) && within(v->reads_planes, 0, 1);
 }
 
 // A cut with what every kernel's has.
@@ -64,7 +64,7 @@ void count_conv2d(const Packed& p, tk_cut* cut) {
   const int64_t of_channel = window(p), halo = of_channel - (p.in_place() ? 1 : strips) * p.tile_floats();
   cut->window = p.block_channels * of_channel;
   if (p.blocks > 1) cut->waiting = p.group_tiles * p.units() * p.unit_rows * p.tile_floats();
-  const int64_t left_over = pixels - first_of_last < p.tile_floats();
+  const int64_t left_over = p.tiles_in_place() && pixels - first_of_last < p.tile_floats();
   const int64_t filled_tiles = p.in_place() ? left_over : p.tiles, groups = ceil_div(filled_tiles, p.group_tiles);
   const int64_t strip_floats = smaller(times(filled_tiles, strips * p.tile_floats()) + times(groups, halo), kMost);
   cut->filled = times(strip_floats, p.shape.in_channels);
@@ -116,15 +116,16 @@ tk_status tk_isa_vectors(int32_t isa, tk_vectors* vectors) {
   return TK_OK;
 }
 
-tk_status tk_conv2d_cut(const tk_conv2d* shape, tk_format format, const tk_vectors* vectors, const tk_tuning* tuning, tk_cut* cut) {
-  if (!shape || !cut || !known(vectors) || !within(format, TK_CSR, TK_BSR_1X4)) return TK_BAD_ARGUMENT;
+tk_status tk_conv2d_cut(const tk_conv2d* shape, tk_format format, const tk_vectors* vectors, const tk_tuning* tuning, int64_t stored,
+                        tk_cut* cut) {
+  if (stored < 0 || !shape || !cut || !known(vectors) || !within(format, TK_CSR, TK_BSR_1X4)) return TK_BAD_ARGUMENT;
   const tk_conv2d& s = *shape;
   if (!within(s.kernel_h, 1, INT32_MAX) || !within(s.kernel_w, 1, INT32_MAX / s.kernel_h)) return TK_BAD_SHAPE;
   const int64_t taps = s.kernel_h * s.kernel_w;
   if (s.groups < 1 || !within(s.in_channels / s.groups, 1, INT32_MAX / taps)) return TK_BAD_SHAPE;
   const tk_csr weight{s.out_channels, s.in_channels / s.groups * taps, 0, nullptr, nullptr, nullptr};
   Packed p;
-  const tk_status status = plan_conv2d(s, weight, format, *vectors, tuning, &p);
+  const tk_status status = plan_conv2d(s, weight, format, *vectors, tuning, stored, &p);
   if (status != TK_OK) return status;
   *cut = cut_of(p);
   s.groups > 1 ? count_depthwise(p, cut) : count_conv2d(p, cut);

@@ -138,7 +138,7 @@ tk_status check_weight(const tk_csr& w, tk_format format, int32_t isa) {
 // The whole header, its arguments checked.
 tk_status whole_conv2d(const tk_conv2d& shape, const tk_csr& w, tk_format format, int32_t isa, const tk_tuning* tuning, Packed* p) {
   tk_status status = check_weight(w, format, isa);
-  if (status == TK_OK) status = plan_conv2d(shape, w, format, isa_at(isa)->vectors(), tuning, p);
+  if (status == TK_OK) status = plan_conv2d(shape, w, format, isa_at(isa)->vectors(), tuning, tk_stored_values(&w, format), p);
   p->isa = isa;
   return status == TK_OK ? lay_out(w, p) : status;
 }
@@ -186,6 +186,7 @@ tk_status tk_conv2d_pack(const tk_conv2d* shape, const tk_csr* w, tk_format form
   const int64_t taps = s.kernel_h * s.kernel_w;
   const Phases rows = row_phases(p), columns = column_phases(p);
   write_entries(*w, taps, p, packed, [&](int64_t column) {
+    if (p.reads_planes) return column;
     const int64_t i = column % taps / s.kernel_w, j = column % s.kernel_w;
     const Strip& strip = strips[j % columns.period * rows.count + i % rows.period];
     return column / taps * p.channel_floats + strip.offset + rows.shift_in_strip(i) * p.pitch + columns.shift_in_strip(j);

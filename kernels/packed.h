@@ -15,8 +15,7 @@ constexpr int64_t round_up(int64_t a, int64_t to) { return ceil_div(a, to) * to;
 constexpr int32_t i32(int64_t x) { return static_cast<int32_t>(x); }
 
 constexpr uint64_t kMagic = 0x6b63617074656b74;  // "tketpack"; guards against a buffer that was never packed
-constexpr int kMaxTileVectors = 14;              // accumulators of one CSR tile: 14 of AVX2's 16 registers, plus weight and spare
-constexpr int kGoodTile = 10;                    // wider ones shorten the rows that fit L1, narrower ones waste
+constexpr int kMaxTileVectors = 20;              // of the widest CSR tile of any ISA
 constexpr int kGemmTileVectors = 8;              // of the widest CSR gemm tile
 constexpr int64_t kBlockRows = 4;                // output rows of a BSR block
 constexpr int64_t kBlockColumns = 4;             // columns of a 1x4 block
@@ -70,10 +69,12 @@ struct Packed {
   int64_t tile_w;          // columns of output whose taps share strips: of a depthwise tile, else out_w, or 0: no columns share
   int64_t channel_floats;  // floats of one channel's strips (convolutions)
   int64_t x_floats;        // floats of x that are transposed at once (gemm)
+  int64_t reads_planes;    // 1: offsets count channels, and planes of x are read where they are (conv2d)
   int32_t strip_count;
   // Byte offsets of Strip[strip_count], uint32_t[blocks][units + 1], float[stored], uint16_t[stored / entry]. Offsets count floats from
-  // the start of the block's input; a unit's entries stand together, columns in order, unit_rows * unit_columns values each. For gemm, which
-  // joins as many blocks as the batch suits, row pointers are [units][blocks] and one more, and offsets are columns modulo 2^16.
+  // the start of the block's input, or its channels where planes are read in place; a unit's entries stand together, columns in order,
+  // unit_rows * unit_columns values each. For gemm, which joins as many blocks as the batch suits, row pointers are [units][blocks] and one
+  // more, and offsets are columns modulo 2^16.
   int64_t strips_at, row_ptr_at, values_at, offsets_at;
 
   template <class T>
@@ -95,7 +96,8 @@ struct Packed {
     return x_tile == 0 && (pitch % lanes == 0 || pointwise()) && shape.stride_w <= 2 && shape.in_h * shape.in_w < kMaxCopiedPlane;
   }
   // Whole tiles of x are read where they are.
-  bool in_place() const { return x_tile > 0 && x_tile == tile_floats() && pointwise(); }
+  bool tiles_in_place() const { return x_tile > 0 && x_tile == tile_floats() && pointwise(); }
+  bool in_place() const { return reads_planes || tiles_in_place(); }
   // Floats of the strips of one block, with a vector to spare, whole cache lines.
   int64_t strips_floats() const { return round_up(block_channels * channel_floats + lanes, 16); }
   const Strip* strips() const { return at<Strip>(strips_at); }
@@ -132,10 +134,12 @@ struct Isa {
   const char* name;
   int32_t rank;  // the fastest usable one wins: higher is faster, scalar is 0
   int32_t lanes, registers;
+  int32_t tile_vectors, good_tile;  // vectors of the widest CSR tile, and of a good one
+  bool reads_planes;                // offsets may be numbers of channels, for planes of x that are read in place
   bool (*usable)();
   RunFn run[kKernelCount];
 
-  tk_vectors vectors() const { return {lanes, registers, kMaxTileVectors, kGoodTile}; }
+  tk_vectors vectors() const { return {lanes, registers, tile_vectors, good_tile, reads_planes}; }
 };
 
 const Isa* isa_at(int32_t index);  // null if out of range

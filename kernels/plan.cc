@@ -13,7 +13,10 @@ constexpr int64_t kGroupBytes = 96 * 1024;         // strips of one block filled
 constexpr int64_t kAccumulatorBytes = 192 * 1024;  // accumulators that wait between blocks: another part of L2
 constexpr int64_t kDepthwiseBytes = 24 * 1024;     // strips of one channel's tile: most of L1
 constexpr int64_t kGemmTile = 64;                  // rows of batch of a gemm's widest tile
+constexpr int64_t kFewUses = 16;                   // vectors of a channel's tile that are read as seldom are not worth a copy in L1
 constexpr int64_t kMaxStrips = 1 << 16;
+
+constexpr int64_t kMaxPlane = int64_t{1} << 30;  // pixels of a plane that is read in place: its bytes are a 32-bit number
 
 bool is_depthwise(const tk_conv2d& s) { return s.groups > 1; }
 
@@ -217,7 +220,8 @@ tk_status plan_depthwise(Packed* p) {
 
 }  // namespace
 
-tk_status plan_conv2d(const tk_conv2d& s, const tk_csr& w, tk_format format, const tk_vectors& v, const tk_tuning* given, Packed* p) {
+tk_status plan_conv2d(const tk_conv2d& s, const tk_csr& w, tk_format format, const tk_vectors& v, const tk_tuning* given, int64_t stored,
+                      Packed* p) {
   const tk_status bad = check_shape(s, w);
   if (bad != TK_OK) return bad;
   tk_tuning tuning = given ? *given : tk_tuning{};
@@ -236,6 +240,8 @@ tk_status plan_conv2d(const tk_conv2d& s, const tk_csr& w, tk_format format, con
   p->pitch = choose_pitch(s, *p);
   share_columns(p);
   cut_tiles(tuning.tile_vectors, v, p);
+  p->reads_planes = v.reads_planes && p->pointwise() && p->x_tile == 0 && s.in_h * s.in_w <= kMaxPlane &&
+                    stored / p->unit_rows < kFewUses * s.in_channels;
   tk_status status = cut_blocks(tuning, p);
   while (status == TK_TOO_LARGE && p->tile_vectors > 1 && !tuning.tile_vectors) {  // huge windows: narrower tiles
     cut_tiles(p->tile_vectors / 2, v, p);

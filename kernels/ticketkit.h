@@ -106,7 +106,7 @@ typedef struct tk_conv2d {
 
 // How a layer is cut up. 0 means: choose. The choice changes speed and, in the last bits, the order of summation. Depthwise ignores it.
 typedef struct tk_tuning {
-  int32_t tile_vectors;    // vectors of pixels per tile, 1 … 14
+  int32_t tile_vectors;    // vectors of pixels per tile, 1 … 20; an ISA takes fewer (14 on x86)
   int32_t block_channels;  // input channels per block, at most; fewer where they would not fit 16-bit offsets
   int32_t group_tiles;     // tiles whose input is gathered at once, at most
 } tk_tuning;
@@ -157,10 +157,11 @@ TK_API tk_status tk_run(const void* packed, const tk_args* args, int64_t part_be
 
 // What of an ISA decides how layers are cut up; also of an ISA that this build has no kernels for.
 typedef struct tk_vectors {
-  int32_t lanes;      // float32 of a vector: a power of two, 1 … 16
-  int32_t registers;  // 8 … 32
-  int32_t tile;       // vectors of the widest tile of single rows: 1 … 20
-  int32_t good_tile;  // and of one as a rule, at most `tile`
+  int32_t lanes;         // float32 of a vector: a power of two, 1 … 16
+  int32_t registers;     // 8 … 32
+  int32_t tile;          // vectors of the widest tile of single rows: 1 … 20
+  int32_t good_tile;     // and of one as a rule, at most `tile`
+  int32_t reads_planes;  // 1: pointwise convolutions may read planes in place
 } tk_vectors;
 
 // Those of an ISA of this build. TK_BAD_ARGUMENT, TK_BAD_ISA.
@@ -183,8 +184,9 @@ typedef struct tk_cut {
   int64_t pitch, in_place;         // of output rows as lanes see them; 1 where tiles are read where they are
 } tk_cut;
 
-// `tuning` may be null. TK_BAD_ARGUMENT, TK_BAD_SHAPE, TK_TOO_LARGE as in packing.
-TK_API tk_status tk_conv2d_cut(const tk_conv2d* shape, tk_format format, const tk_vectors* vectors, const tk_tuning* tuning, tk_cut* cut);
+// `stored` values of the weight (tk_stored_values). `tuning` may be null. TK_BAD_ARGUMENT, TK_BAD_SHAPE, TK_TOO_LARGE as in packing.
+TK_API tk_status tk_conv2d_cut(const tk_conv2d* shape, tk_format format, const tk_vectors* vectors, const tk_tuning* tuning, int64_t stored,
+                               tk_cut* cut);
 // Of a weight rows x cols with so many non-zeros and a batch of 1 … 2^31 - 1 rows.
 TK_API tk_status tk_gemm_cut(int64_t rows, int64_t cols, int64_t nnz, tk_format format, const tk_vectors* vectors, int64_t batch,
                              tk_cut* cut);

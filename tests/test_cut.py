@@ -54,26 +54,27 @@ def test_a_convolution_is_packed_as_its_cut_says(isa: native.Isa, format: str, s
     tuning = Tuning(tile_vectors=3, block_channels=5, group_tiles=2) if tuned else Tuning(group_tiles=1)
     parts = weight(np.random.default_rng(0), shape.out_channels, shape.in_channels, shape.kernel_h, shape.kernel_w)
     layer = native.conv2d(shape, parts, format=format, isa=isa.name, tuning=tuning)
-    cut = native.cut_conv2d(shape, format, native.vectors(isa.name), tuning)
     stored = native.stored_values(shape.out_channels, shape.cols, parts, format)
+    cut = native.cut_conv2d(shape, format, native.vectors(isa.name), stored, tuning)
     assert layer.packed.nbytes == bytes_of(cut, stored, 4 if format == "bsr" else 1, header(isa.name))
     assert layer.parts(1) == cut.tiles * ceil(shape.out_channels / 16)
     assert (cut.tiles - 1) * cut.tile_vectors < cut.vectors <= cut.tiles * cut.tile_vectors
     assert cut.vectors == -(-shape.out_h * cut.pitch // isa.lanes)
     if cut.group_tiles == 1:  # else the strips of a group lie further apart
         assert layer.workspace_bytes == up(4 * (up(cut.window + isa.lanes, 16) + cut.waiting), 64)
-        assert cut.filled == ceil(cut.tiles) * cut.window // cut.block_channels * shape.in_channels
+        gathered = cut.tiles * cut.window // cut.block_channels * shape.in_channels
+        assert cut.filled == (0 if cut.in_place else gathered)
 
 
 @pytest.mark.parametrize("isa", USABLE, ids=lambda isa: isa.name)
 def test_tiles_in_memory_are_read_in_place(isa: native.Isa) -> None:
     for format in ("csr", "bsr"):
         shape = ConvShape(40, 28, 28, 24, 1, 1, x_layout=format, y_layout="bsr" if format == "csr" else "csr")
-        cut = native.cut_conv2d(shape, format, native.vectors(isa.name))
+        cut = native.cut_conv2d(shape, format, native.vectors(isa.name), 960)
         tile = native.tile_pixels(format, 28 * 28, isa.name)
         assert (cut.in_place, cut.tile_vectors * isa.lanes) == (1, tile)
         assert cut.filled <= 40 * tile and cut.spans > cut.tiles  # the last tile, if it is shorter; rows for tiles of another width
-        same = native.cut_conv2d(replace(shape, y_layout=format), format, native.vectors(isa.name))
+        same = native.cut_conv2d(replace(shape, y_layout=format), format, native.vectors(isa.name), 960)
         assert same.spans == 0
 
 
@@ -82,7 +83,7 @@ def test_tiles_in_memory_are_read_in_place(isa: native.Isa) -> None:
 def test_a_depthwise_convolution(isa: native.Isa, kernel: int, stride: int, side: int) -> None:
     pad = kernel // 2
     shape = ConvShape(8, side, side, 8, kernel, kernel, stride, stride, pad, pad, pad, pad, groups=8)
-    cut = native.cut_conv2d(shape, "csr", native.vectors(isa.name))
+    cut = native.cut_conv2d(shape, "csr", native.vectors(isa.name), 8 * kernel * kernel)
     layer = native.conv2d(shape, weight(np.random.default_rng(0), 8, 1, kernel, kernel), isa=isa.name)
     assert layer.parts(1) == 8 == cut.units
     assert cut.vectors == shape.out_h * -(-shape.out_w // isa.lanes)
@@ -105,30 +106,32 @@ def test_a_product_is_packed_as_its_cut_says(isa: native.Isa, format: str, rows:
         assert 4 * cut.window <= layer.workspace_bytes
 
 
+def test_planes_read_in_place_are_not_copied() -> None:
+    """Where each channel has few uses, and only there."""
+    shape, neon = ConvShape(96, 28, 28, 128, 1, 1), Vectors(4, 32, 20, 20, 1)
+    few, many = (native.cut_conv2d(shape, "csr", neon, 96 * uses) for uses in (4, 64))
+    assert (few.in_place, few.filled) == (1, 0) and (many.in_place, many.filled) == (0, 96 * 4 * 20 * many.tiles)
+    assert native.cut_conv2d(shape, "csr", replace(neon, reads_planes=0), 96 * 4).filled > 0
+
+
 def test_wider_registers_change_the_cut() -> None:
     """A negative control: the numbers do depend on the processor."""
     shape = ConvShape(64, 28, 28, 64, 3, 3, 1, 1, 1, 1, 1, 1)
-    cuts = {(lanes, n): native.cut_conv2d(shape, "bsr", Vectors(lanes, n, 14, 10)) for lanes in (4, 8) for n in (16, 32)}
+    cuts = {(lanes, n): native.cut_conv2d(shape, "bsr", Vectors(lanes, n, 14, 10, 0), 4096) for lanes in (4, 8) for n in (16, 32)}
     assert len({(cut.tile_vectors, cut.vectors) for cut in cuts.values()}) == 4
     assert cuts[8, 16].tile_vectors < cuts[8, 32].tile_vectors and cuts[4, 32].vectors > cuts[8, 32].vectors
 
 
 BAD = [
-    (0, 32, 14, 10),
-    (3, 32, 14, 10),
-    (32, 32, 14, 10),
-    (-4, 32, 14, 10),
-    (4, 7, 14, 10),
-    (4, 33, 14, 10),
-    (4, 32, 21, 10),
-    (4, 32, 14, 15),
+    *((0, 32, 14, 10, 0), (3, 32, 14, 10, 0), (32, 32, 14, 10, 0), (-4, 32, 14, 10, 0), (4, 7, 14, 10, 0), (4, 33, 14, 10, 0)),
+    *((4, 32, 21, 10, 0), (4, 32, 14, 15, 0), (4, 32, 14, 0, 0), (4, 32, 14, 10, 2), (4, 32, 14, 10, -1)),
 ]
 
 
 @pytest.mark.parametrize("numbers", BAD, ids=str)
 def test_vectors_that_are_none(numbers: tuple[int, ...]) -> None:
     with pytest.raises(KernelError, match="cut"):
-        native.cut_conv2d(ConvShape(1, 1, 1, 1, 1, 1), "csr", Vectors(*numbers))
+        native.cut_conv2d(ConvShape(1, 1, 1, 1, 1, 1), "csr", Vectors(*numbers), 1)
     with pytest.raises(KernelError, match="cut"):
         native.cut_gemm(4, 4, 4, "csr", Vectors(*numbers), 2)
 
@@ -139,13 +142,13 @@ HOSTILE = st.integers(-(2**63), 2**63 - 1) | st.sampled_from([-1, 0, 1, 2, 2**24
 @given(
     st.lists(HOSTILE, min_size=15, max_size=15),
     st.sampled_from(["csr", "bsr", "bsr1x4"]),
-    st.sampled_from([(4, 32, 20, 20), (16, 32, 14, 10), (1, 8, 1, 1)]),
+    st.sampled_from([(4, 32, 20, 20, 1), (16, 32, 14, 10, 0), (1, 8, 1, 1, 1)]),
 )
 @settings(max_examples=300, deadline=None)
 def test_any_numbers_at_all(numbers: list[int], format: str, vectors: tuple[int, ...]) -> None:
     """Refused in one line, or an answer; never a crash."""
     for call in (
-        lambda: native.cut_conv2d(ConvShape(*numbers), format, Vectors(*vectors)),
+        lambda: native.cut_conv2d(ConvShape(*numbers), format, Vectors(*vectors), numbers[-1]),
         lambda: native.cut_gemm(*numbers[:3], format, Vectors(*vectors), numbers[3]),
     ):
         try:

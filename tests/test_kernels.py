@@ -21,7 +21,7 @@ FORMATS = ["csr", "bsr"]  # that every operation has
 GEMM_FORMATS = [*FORMATS, "bsr1x4"]
 ISAS = [isa.name for isa in native.isas() if isa.usable]
 LANES = {isa.name: isa.lanes for isa in native.isas()}
-TILE = 14  # vectors of the widest tile
+TILE = 20  # vectors of the widest tile of any ISA
 
 
 def sparse(rng: np.random.Generator, shape: tuple[int, ...], density: float) -> np.ndarray:
@@ -89,7 +89,7 @@ def test_table_and_isas() -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("offset", [-1, 0, 1])
-@pytest.mark.parametrize("vectors", [1, 2, 3, 4, 6, 7, 8, 9, 13, 14, 15, 28])
+@pytest.mark.parametrize("vectors", [1, 2, 3, 4, 6, 7, 8, 9, 13, 14, 15, 20, 21, 28])
 def test_conv2d_pixels_around_every_tile(isa: str, vectors: int, offset: int) -> None:
     """Row counts of pixels just below, at and above whole vectors and whole tiles."""
     pixels = vectors * LANES[isa] + offset
@@ -109,6 +109,15 @@ def test_conv2d_tiled_layouts(isa: str, vectors: int, offset: int, x_layout: str
     check_conv(ConvShape(6, 1, pixels, 5, 1, 1, **layouts), isa, tuning=Tuning(tile_vectors=2))
     check_conv(ConvShape(3, 5, pixels, 9, 1, 1, 2, 2, **layouts), isa, batch=2)
     check_conv(ConvShape(3, 6, pixels, 5, 3, 3, 1, 1, 1, 1, 1, 1, **layouts), isa)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("pixels", [1, 3, 16, 17, 337])
+@pytest.mark.parametrize("density", [0.05, 0.9])
+def test_conv2d_planes_read_in_place(isa: str, pixels: int, density: float) -> None:
+    """Pointwise layers whose channels have few uses and many: in several blocks, tiles that end in the next plane, and at the end of x."""
+    check_conv(ConvShape(9, 1, pixels, 37, 1, 1), isa, batch=2, density=density, tuning=Tuning(block_channels=4), cuts=(0.4,))
+    check_conv(ConvShape(1, pixels, 1, 5, 1, 1), isa, density=density)
 
 
 def test_layouts_name_every_float_once() -> None:

@@ -24,6 +24,7 @@ from ticketkit.runtime.native import ConvShape, Tuning
 GAIN = 0.95  # of the time of the best so far: what a cut must get below
 PAIRS = 7
 TILES = {"csr": (4, 5, 6, 7, 10, 12, 14), "bsr": (1, 2, 3, 4, 5, 6)}
+NEON_TILES = {**TILES, "csr": (*TILES["csr"], 17, 20)}  # x86 takes no wider ones than 14
 BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16)  # the input channels in so many blocks
 GROUPS = (1, 2, 4, 1000)
 
@@ -87,7 +88,8 @@ def _search(layer: Layer, choice: Choice, end: float) -> tuple[int, ...]:
     best = Tuning()
     fastest = prepared(best)
     sizes = sorted({-(-shape.in_channels // count) for count in BLOCKS if count <= shape.in_channels})
-    for field, values in (("tile_vectors", TILES[choice.format]), ("block_channels", sizes), ("group_tiles", GROUPS)):
+    tiles = NEON_TILES if native.active_isa().name.startswith("neon") else TILES
+    for field, values in (("tile_vectors", tiles[choice.format]), ("block_channels", sizes), ("group_tiles", GROUPS)):
         for value in values:
             if time.monotonic() > end:
                 break

@@ -27,26 +27,37 @@ struct Conv2dGroup {
   int64_t image, tile, tiles, row_begin, row_end;
   float *strips, *accumulators;
 
+  struct Input {
+    const float* x;
+    int64_t step;  // floats from offset to offset
+  };
+
   // The input of a block for the group's tiles.
-  const float* input(int64_t block) const {
+  Input input(int64_t block) const {
     const int64_t planes = p.shape.in_channels, pixels = p.shape.in_h * p.shape.in_w, begin = p.block_begin(block);
     const int64_t channels = smaller(p.block_channels, planes - begin), first = tile * p.tile_floats();
     const float* const from = a.x + image * planes * pixels;
-    if (p.in_place() && first + p.tile_floats() <= pixels) return from + first * planes + begin * p.tile_floats();
-    fill_strips(p, {a.x, a.x + a.batch * planes * pixels, from, begin, channels, first, tiles, strips});
-    return strips;
+    const float* const limit = a.x + a.batch * planes * pixels;
+    if (p.tiles_in_place() && first + p.tile_floats() <= pixels) return {from + first * planes + begin * p.tile_floats(), 1};
+    if (p.reads_planes) {  // the last vector may end in the next plane, if there is one
+      const float* const plane = from + begin * pixels + first;
+      if (limit - plane >= (channels - 1) * pixels + smaller(p.tile_floats(), round_up(pixels - first, p.lanes))) return {plane, pixels};
+    }
+    fill_strips(p, {a.x, limit, from, begin, channels, first, tiles, strips});
+    return {strips, p.reads_planes ? p.channel_floats : 1};
   }
 
   // The rows of the group's i-th tile, whose accumulators lie at `acc`.
-  void rows(int64_t block, const float* x, int64_t i, float* acc) const {
+  void rows(int64_t block, const Input& input, int64_t i, float* acc) const {
     const int64_t first = (tile + i) * p.tile_floats(), count = smaller(p.tile_floats(), p.out_h * p.pitch - first);
     const int vectors = static_cast<int>((count + Vec::kLanes - 1) / Vec::kLanes);
-    Span spans[kMaxTileVectors * Vec::kLanes];
+    Span spans[Vec::kTile * Vec::kLanes];
     Tile t{};
     t.values = p.values();
     t.offsets = p.offsets();
     t.row_ptr = p.row_ptr(block);
-    t.x = x + i * p.tile_floats();
+    t.x = input.x + i * p.tile_floats();
+    t.x_step = input.step;
     t.acc_stride = p.tile_floats();
     t.acc = acc - row_begin * t.acc_stride;
     t.bias = a.bias;
@@ -77,7 +88,7 @@ struct Conv2dGroup {
   // Every block passes over all rows in turn, their accumulators wait.
   void run() const {
     for (int64_t block = 0; block < p.blocks; ++block) {
-      const float* const x = input(block);
+      const Input x = input(block);
       for (int64_t i = 0; i < tiles; ++i) {
         rows(block, x, i, accumulators + i * p.units() * p.unit_rows * p.tile_floats());
       }

@@ -1,43 +1,49 @@
-// The inner loop for CSR weights: accumulators of one row in registers, one broadcast weight per non-zero. Included by isa/*.cc after
-// rows-inl.h.
+// The inner loop for CSR weights: accumulators of one row in registers, one weight per non-zero. Included by isa/*.cc after rows-inl.h.
 
-// A fused multiply-add takes about 4 cycles and two start per cycle, so narrow tiles run several non-zeros at once.
-constexpr int chains(int vectors) { return vectors >= 6 ? 1 : vectors >= 3 ? 2 : 4; }
-
-// acc += the row's non-zeros values[0 … count) times their vectors of x, kStep floats from offset to offset.
-template <int V, int kStep = 1>
-static inline void csr_row(const float* values, const uint16_t* offsets, int64_t count, const float* x, Vec* acc) {
-  constexpr int kChains = chains(V);
+// acc += the row's non-zeros values[0 … count) times their vectors of x.
+template <int V, class T, class Step>
+static inline void csr_row(const float* values, const uint16_t* offsets, int64_t count, const float* x, Step step, T* acc) {
+  constexpr int kAtOnce = T::kWeights > 1 ? T::kWeights : chains(V), kChains = chains(V);
   int64_t e = 0;
-  if constexpr (kChains > 1) {
-    if (count >= kChains) {
-      Vec extra[kChains - 1][V];
-      TK_UNROLL for (int c = 0; c < kChains - 1; ++c) TK_UNROLL for (int v = 0; v < V; ++v) extra[c][v] = Vec::set(0.0f);
-      for (; count - e >= kChains; e += kChains) {
-        TK_UNROLL for (int c = 0; c < kChains; ++c) {
-          const Vec w = Vec::set(values[e + c]);
-          const float* const from = x + int64_t{offsets[e + c]} * kStep;
-          Vec* const into = c == 0 ? acc : extra[c - 1];
-          TK_UNROLL for (int v = 0; v < V; ++v) into[v] = fma(w, Vec::load(from + v * Vec::kLanes), into[v]);
+  if constexpr (kAtOnce > 1) {
+    if (count >= kAtOnce) {
+      T sums[kChains][V];
+      TK_UNROLL for (int v = 0; v < V; ++v) sums[0][v] = acc[v];
+      TK_UNROLL for (int c = 1; c < kChains; ++c) TK_UNROLL for (int v = 0; v < V; ++v) sums[c][v] = T::set(0.0f);
+      for (; count - e >= kAtOnce; e += kAtOnce) {
+        if constexpr (T::kWeights > 1) {
+          add_lanes<1, V, kAtOnce>(values + e, offsets + e, x, step, sums);
+        } else {
+          TK_UNROLL for (int c = 0; c < kChains; ++c) {
+            const T w = T::set(values[e + c]);
+            const float* const from = step.of(x, offsets[e + c]);
+            TK_UNROLL for (int v = 0; v < V; ++v) sums[c][v] = fma(w, T::load(from + v * T::kLanes), sums[c][v]);
+          }
         }
       }
-      TK_UNROLL for (int c = 0; c < kChains - 1; ++c) TK_UNROLL for (int v = 0; v < V; ++v) acc[v] = acc[v] + extra[c][v];
+      TK_UNROLL for (int c = 1; c < kChains; ++c) TK_UNROLL for (int v = 0; v < V; ++v) sums[0][v] = sums[0][v] + sums[c][v];
+      TK_UNROLL for (int v = 0; v < V; ++v) acc[v] = sums[0][v];
     }
   }
   for (; e < count; ++e) {
-    const Vec w = Vec::set(values[e]);
-    const float* const from = x + int64_t{offsets[e]} * kStep;
-    TK_UNROLL for (int v = 0; v < V; ++v) acc[v] = fma(w, Vec::load(from + v * Vec::kLanes), acc[v]);
+    if constexpr (T::kWeights > 1) {
+      add_lanes<1, V, 1>(values + e, offsets + e, x, step, reinterpret_cast<T(*)[V]>(acc));
+    } else {
+      const T w = T::set(values[e]);
+      const float* const from = step.of(x, offsets[e]);
+      TK_UNROLL for (int v = 0; v < V; ++v) acc[v] = fma(w, T::load(from + v * T::kLanes), acc[v]);
+    }
   }
 }
 
 struct CsrRows {
-  static constexpr int kMaxVectors = kMaxTileVectors;
+  static constexpr int kMaxVectors = Vec::kTile;
 
   template <int V, bool First, bool Last>
   static void of(const Tile& t) {
     const uint32_t* const row_ptr = t.row_ptr;
     const float *const x = t.x, *const bias = t.bias;
+    const TileStep step = TileStep(t.x_step);
     float *acc_at = t.acc + t.row_begin * t.acc_stride, *y = t.y + t.row_begin * t.y_stride;
     const int64_t y_stride = t.y_stride, acc_stride = t.acc_stride, to_residual = t.residual - t.y;
     const bool residual = t.residual;
@@ -53,7 +59,7 @@ struct CsrRows {
       } else {
         TK_UNROLL for (int v = 0; v < V; ++v) acc[v] = Vec::load(acc_at + v * Vec::kLanes);
       }
-      csr_row<V>(t.values + at, t.offsets + at, count, x, acc);
+      csr_row<V>(t.values + at, t.offsets + at, count, x, step, acc);
       at += count;
       if constexpr (Last) {
         write_row<V>(t, m, y, residual ? y + to_residual : nullptr, acc);

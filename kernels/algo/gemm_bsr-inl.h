@@ -3,7 +3,7 @@ struct BsrUnits {
   static constexpr int kRows = kBlockRows, kColumns = 1, kMaxVectors = BsrRows::kMaxVectors;
   template <int V>
   static inline void add(const float* values, const uint16_t* offsets, int64_t count, const float* x, Vec (*acc)[V]) {
-    bsr_unit<V, V * Vec::kLanes>(values, offsets, count, x, acc);
+    bsr_unit<V>(values, offsets, count, x, FixedStep<V * Vec::kLanes>(), acc);
   }
   static inline void dot(const float* values, const uint16_t* offsets, int64_t count, const float* x, int64_t, float* sum) {
     constexpr int kChains = 4;  // sums at once, to hide the latency of the additions

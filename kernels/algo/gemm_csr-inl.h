@@ -3,7 +3,7 @@ struct CsrUnits {
   static constexpr int kRows = 1, kColumns = 1, kMaxVectors = kGemmTileVectors;
   template <int V>
   static inline void add(const float* values, const uint16_t* offsets, int64_t count, const float* x, Vec (*acc)[V]) {
-    csr_row<V, V * Vec::kLanes>(values, offsets, count, x, acc[0]);
+    csr_row<V>(values, offsets, count, x, FixedStep<V * Vec::kLanes>(), acc[0]);
   }
   static inline void dot(const float* values, const uint16_t* offsets, int64_t count, const float* x, int64_t columns, float* sum) {
     dot_lanes<kColumns>(values, offsets, count, x, columns, sum);

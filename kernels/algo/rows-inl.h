@@ -7,11 +7,38 @@ struct Span {
   int64_t to, stride;
 };
 
+// Where the input of an offset is: a fixed number of floats for each, or one known when a tile runs.
+template <int64_t kFloats>
+struct FixedStep {
+  FixedStep() = default;
+  explicit FixedStep(int64_t) {}
+  const float* of(const float* x, uint16_t offset) const { return x + int64_t{offset} * kFloats; }
+};
+
+struct FreeStep {
+  uint32_t bytes;
+  explicit FreeStep(int64_t floats) : bytes(static_cast<uint32_t>(4 * floats)) {}
+  const float* of(const float* x, uint16_t offset) const {
+    return reinterpret_cast<const float*>(reinterpret_cast<const char*>(x) + uint64_t{offset} * bytes);
+  }
+};
+
+template <bool kFree>
+struct StepOf {
+  using Type = FixedStep<1>;
+};
+template <>
+struct StepOf<true> {
+  using Type = FreeStep;
+};
+using TileStep = StepOf<Vec::kReadsPlanes>::Type;
+
 struct Tile {
   const float* values;
   const uint16_t* offsets;
   const uint32_t* row_ptr;  // of this block: unit u has the columns row_ptr[u] … row_ptr[u + 1]
   const float* x;           // the block's input
+  int64_t x_step;           // floats from offset to offset; 1 where Vec::kReadsPlanes is false
   float* acc;               // accumulators of row 0 between blocks, rows acc_stride apart; aligned
   float* y;                 // row 0 of the tile's output
   const float* residual;    // row 0, or null

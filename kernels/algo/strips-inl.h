@@ -189,7 +189,18 @@ static void fill_vectors(const Packed& p, const Strip& strip, const Fill& f) {
   }
 }
 
+// Strips of a pointwise convolution: pieces of planes as they are, zeros behind the last pixel.
+static void fill_planes(const Packed& p, const Fill& f) {
+  const int64_t pixels = p.out_h * p.out_w, length = f.tiles * p.tile_floats(), inside = smaller(length, pixels - f.first);
+  for (int64_t c = 0; c < f.channels; ++c) {
+    float* const to = f.to + c * p.channel_floats;
+    copy_long(f.image + (f.begin + c) * pixels + f.first, inside, to);
+    zero(to + inside, length - inside);
+  }
+}
+
 static void fill_strips(const Packed& p, const Fill& f) {
+  if (p.x_tile == 0 && p.pointwise()) return fill_planes(p, f);
   const bool vectors = p.whole_vectors();
   for (int32_t i = 0; i < p.strip_count; ++i) (vectors ? fill_vectors : fill_segments)(p, p.strips()[i], f);
 }

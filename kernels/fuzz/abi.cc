@@ -136,14 +136,14 @@ void convolution(Input& in, int32_t isa, tk_format format) {
   if (usual(s.kernel_h) && usual(s.kernel_w) && usual(s.in_channels) && s.kernel_h * s.kernel_w < (1 << 24))
     cols = (s.groups > 1 ? 1 : s.in_channels) * s.kernel_h * s.kernel_w;
   const Weight w(in, in.size(s.out_channels), in.size(cols));
-  const tk_tuning tuning = {static_cast<int32_t>(in.size(in.within(0, 14))), static_cast<int32_t>(in.size(in.within(0, 20))),
+  const tk_tuning tuning = {static_cast<int32_t>(in.size(in.within(0, 20))), static_cast<int32_t>(in.size(in.within(0, 20))),
                             static_cast<int32_t>(in.size(in.within(0, 4)))};
   const tk_tuning* const given = in.flip() ? &tuning : nullptr;
   size_t bytes = 0;
   tk_cut cut;
-  const tk_vectors vectors = {4, 32, 20, 20};
+  const tk_vectors vectors = {4, 32, 20, 20, 1};
   const tk_status status = tk_conv2d_packed_bytes(&s, &w.csr, format, isa, given, &bytes);
-  const tk_status of_cut = tk_conv2d_cut(&s, format, &vectors, given, &cut);  // of its own geometry, whatever the weight
+  const tk_status of_cut = tk_conv2d_cut(&s, format, &vectors, given, w.csr.nnz, &cut);  // of its own geometry, whatever the weight
   if (of_cut == TK_OK) TK_REQUIRE(cut.tiles >= 1 && cut.blocks >= 1 && cut.filled >= 0 && cut.pieces >= 0);
   if (status == TK_OK) TK_REQUIRE(of_cut == TK_OK || of_cut == TK_TOO_LARGE);  // wider tiles may have too long strips
   if (w.status != TK_OK) TK_REQUIRE(status != TK_OK);
@@ -163,7 +163,7 @@ void product(Input& in, int32_t isa, tk_format format) {
   const Weight w(in, rows, cols);
   size_t bytes = 0;
   tk_cut cut;
-  const tk_vectors vectors = {4, 32, 20, 20};
+  const tk_vectors vectors = {4, 32, 20, 20, 1};
   const tk_status status = tk_gemm_packed_bytes(&w.csr, format, isa, &bytes);
   const tk_status of_cut = tk_gemm_cut(rows, cols, w.csr.nnz, format, &vectors, cols, &cut);
   if (of_cut == TK_OK) TK_REQUIRE(cut.tiles >= 1 && cut.blocks >= 1 && cut.filled >= 0);

@@ -245,7 +245,7 @@ KernelInfo attributes(Input& in, const std::string& op, bool conv) {
     info.ints["tuning"] = {in.size(8),
                            in.size(in.within(1, 20)),
                            in.size(in.within(1, 20)),
-                           in.size(in.within(0, 14)),
+                           in.size(in.within(0, 20)),
                            in.size(in.within(0, 8)),
                            in.size(in.within(0, 4))};
   return info;

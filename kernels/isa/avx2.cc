@@ -11,6 +11,14 @@ namespace tk::avx2 {
 
 struct Vec {
   static constexpr int kLanes = 8, kRegisters = 16;
+  static constexpr int kTile = 14, kGoodTile = 10;  // vectors of a CSR tile: the most, and as a rule
+  static constexpr int kWeights = 1;                // of a register: broadcast
+  static constexpr bool kReadsPlanes = false;       // of pointwise convolutions in place
+
+  template <class T>
+  static T* in_register(T* p) {
+    return p;
+  }
   __m256 v;
 
   static Vec set(float x) { return {_mm256_set1_ps(x)}; }

@@ -15,6 +15,14 @@ namespace tk::avx512 {
 
 struct Vec {
   static constexpr int kLanes = 16, kRegisters = 32;
+  static constexpr int kTile = 14, kGoodTile = 10;  // vectors of a CSR tile: the most, and as a rule
+  static constexpr int kWeights = 1;                // of a register: broadcast
+  static constexpr bool kReadsPlanes = false;       // of pointwise convolutions in place
+
+  template <class T>
+  static T* in_register(T* p) {
+    return p;
+  }
   __m512 v;
 
   static Vec set(float x) { return {_mm512_set1_ps(x)}; }

@@ -3,7 +3,7 @@
 #if defined(__clang__)
 #define TK_UNROLL _Pragma("clang loop unroll(full)")
 #else
-#define TK_UNROLL _Pragma("GCC unroll 16")
+#define TK_UNROLL _Pragma("GCC unroll 64")
 #endif
 
 static inline float clip(float x, float lo, float hi) { return x < lo ? lo : x > hi ? hi : x; }
@@ -22,6 +22,18 @@ static inline void copy(const float* from, int64_t n, float* to) {
   }
   for (int64_t i = 0; i + Vec::kLanes < n; i += Vec::kLanes) Vec::load(from + i).store(to + i);
   Vec::load(from + n - Vec::kLanes).store(to + n - Vec::kLanes);
+}
+
+// The same of long pieces.
+static inline void copy_long(const float* from, int64_t n, float* to) {
+  constexpr int kAtOnce = 4;
+  int64_t i = 0;
+  for (; n - i > kAtOnce * Vec::kLanes; i += kAtOnce * Vec::kLanes) {
+    Vec some[kAtOnce];
+    TK_UNROLL for (int v = 0; v < kAtOnce; ++v) some[v] = Vec::load(from + i + v * Vec::kLanes);
+    TK_UNROLL for (int v = 0; v < kAtOnce; ++v) some[v].store(to + i + v * Vec::kLanes);
+  }
+  copy(from + i, n - i, to + i);
 }
 
 // to[i] = from[i * stride] for i in [0, n). May write more, but nothing at or behind `end`; reads nothing at or behind `limit`.

@@ -2,6 +2,7 @@
 
 #include "../algo/activate-inl.h"
 #include "../algo/rows-inl.h"
+#include "../algo/lanes-inl.h"
 #include "../algo/csr_rows-inl.h"
 #include "../algo/bsr_rows-inl.h"
 #include "../algo/strips-inl.h"
@@ -19,6 +20,9 @@ static constexpr Isa describe(const char* name, int32_t rank, bool (*usable)()) 
           rank,
           Vec::kLanes,
           Vec::kRegisters,
+          Vec::kTile,
+          Vec::kGoodTile,
+          Vec::kReadsPlanes,
           usable,
           {
 #define TK_KERNEL(op, format, type) op##_##format##_##type,

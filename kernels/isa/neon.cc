@@ -8,6 +8,9 @@ namespace tk::neon {
 
 struct Vec {
   static constexpr int kLanes = 4, kRegisters = 32;
+  static constexpr int kTile = 20, kGoodTile = 20;  // vectors of a CSR tile: the most, and as a rule
+  static constexpr int kWeights = 4;                // of a register: multiplied by lane
+  static constexpr bool kReadsPlanes = true;        // of pointwise convolutions in place
   float32x4_t v;
 
   static Vec set(float x) { return {vdupq_n_f32(x)}; }
@@ -30,6 +33,19 @@ struct Vec {
     }
     return load(p + offsets[0]);
   }
+  // The address itself, not the sum of two registers: only from one does a load fetch two vectors at once.
+  template <class T>
+  static T* in_register(T* p) {
+    __asm__("" : "+r"(p));
+    return p;
+  }
+  // The first N weights in lanes 0 … N - 1, for fma_lane.
+  template <int N>
+  static Vec load_weights(const float* p) {
+    if constexpr (N == 1) return {vld1q_dup_f32(p)};
+    return load(p);
+  }
+  static Vec fma_lane(const Vec& a, int lane, const Vec& b, const Vec& c) { return {vfmaq_n_f32(c.v, b.v, a.v[lane])}; }
   float sum() const { return vaddvq_f32(v); }
   void store(float* p) const { vst1q_f32(p, v); }
   void store_first(float* p, int32_t n) const {

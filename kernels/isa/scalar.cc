@@ -5,6 +5,14 @@ namespace tk::scalar {
 
 struct Vec {
   static constexpr int kLanes = 16, kRegisters = 16;
+  static constexpr int kTile = 14, kGoodTile = 10;  // vectors of a CSR tile: the most, and as a rule
+  static constexpr int kWeights = 1;                // of a register: broadcast
+  static constexpr bool kReadsPlanes = true;        // of pointwise convolutions in place
+
+  template <class T>
+  static T* in_register(T* p) {
+    return p;
+  }
   float lane[kLanes];
 
   static Vec set(float x) {

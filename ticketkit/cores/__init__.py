@@ -146,7 +146,8 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "ghz": GHZ, "instructions": (1, 16), "fma": (0.25, 8), "loads": (0.25, 8), "stores": (0.25, 8), "fma_latency": (1, 32),
     "mispredict": (0, 64), "split": (0, 32), "sustained": (0.1, 1), "memory_gb": (0.1, 1000), "dense_sustained": (0.1, 1),
     "call": (0, 1e6), "weights_by_lane": (1, 8), "line": (16, 1024),
-    "lanes": (1, 16), "registers": (8, 32), "tile": (1, 20), "good_tile": (1, 20), "bytes": (1024, 2**31), "bytes_per_cycle": (0.5, 512),
+    "lanes": (1, 16), "registers": (8, 32), "tile": (1, 20), "good_tile": (1, 20), "reads_planes": (0, 1),
+    "bytes": (1024, 2**31), "bytes_per_cycle": (0.5, 512),
 }  # fmt: skip
 """Field -> smallest and largest value."""
 FLAGS = ("pairs", "fused_loads", "in_order")

@@ -64,7 +64,7 @@ def geometry(layer: Layer) -> ConvShape:
 
 def conv2d(core: Core, shape: ConvShape, images: int, format: str, stored: int) -> float:
     """Cycles of a convolution in our kernels with so many stored values."""
-    cut = native.cut_conv2d(shape, format, core.vectors)
+    cut = native.cut_conv2d(shape, format, core.vectors, stored)
     if shape.groups > 1:
         return images * _depthwise(core, shape, cut, stored) + core.call
     entries, (unit_rows, _) = stored / prod(UNITS[format]), UNITS[format]

@@ -102,6 +102,7 @@ class Vectors:
     registers: int
     tile: int
     good_tile: int
+    reads_planes: int
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ _SIGNATURES: dict[str, tuple[Any, Sequence[Any]]] = {
     "tk_gemm_packed_bytes": (c.c_int, [c.POINTER(_Csr), c.c_int, c.c_int32, c.POINTER(c.c_size_t)]),
     "tk_gemm_pack": (c.c_int, [c.POINTER(_Csr), c.c_int, c.c_int32, c.c_void_p, c.c_size_t]),
     "tk_isa_vectors": (c.c_int, [c.c_int32, c.POINTER(_Vectors)]),
-    "tk_conv2d_cut": (c.c_int, [c.POINTER(_Conv2d), c.c_int, c.POINTER(_Vectors), c.POINTER(_Tuning), c.POINTER(_Cut)]),
+    "tk_conv2d_cut": (c.c_int, [c.POINTER(_Conv2d), c.c_int, c.POINTER(_Vectors), c.POINTER(_Tuning), c.c_int64, c.POINTER(_Cut)]),
     "tk_gemm_cut": (c.c_int, [*[c.c_int64] * 3, c.c_int, c.POINTER(_Vectors), c.c_int64, c.POINTER(_Cut)]),
     "tk_parts": (c.c_int64, [c.c_void_p, c.c_int64]),
     "tk_workspace_bytes": (c.c_size_t, [c.c_void_p]),
@@ -373,7 +374,7 @@ def _isa_index(isa: str | None) -> int:
 
 @dataclass(frozen=True)
 class Tuning:
-    """How a convolution is cut up (`tk_tuning`): vectors of pixels per tile (1 … 14), input channels per block, and tiles gathered at
+    """How a convolution is cut up (`tk_tuning`): vectors of pixels per tile (1 … 20), input channels per block, and tiles gathered at
     once; 0 leaves the choice to the library."""
 
     tile_vectors: int = 0
@@ -422,13 +423,13 @@ def vectors(isa: str | None = None) -> Vectors:
     return Vectors(*(getattr(found, name) for name in Vectors.__dataclass_fields__))
 
 
-def cut_conv2d(shape: ConvShape, format: str, on: Vectors, tuning: Tuning | None = None) -> Cut:
-    """How `conv2d` would cut up one image on such vectors, be they of this processor or of another.
+def cut_conv2d(shape: ConvShape, format: str, on: Vectors, stored: int, tuning: Tuning | None = None) -> Cut:
+    """How `conv2d` would cut up one image with so many stored values on such vectors, be they of this processor or of another.
 
     Raises KernelError for a geometry that packing refuses, and for vectors beyond what `tk_vectors` allows.
     """
     cut, given, form = _Cut(), _Tuning(*astuple(tuning or Tuning())), _named("packed format", format, _FORMATS)
-    _check(_library().tk_conv2d_cut(_geometry(shape), form, _Vectors(*astuple(on)), given, cut), "cut")
+    _check(_library().tk_conv2d_cut(_geometry(shape), form, _Vectors(*astuple(on)), given, stored, cut), "cut")
     return Cut(*(getattr(cut, name) for name in Cut.__dataclass_fields__))
 
 
