@@ -126,7 +126,7 @@ tk_status tk_conv2d_cut(const tk_conv2d* shape, int64_t stored, tk_format format
   if (s.groups < 1 || !within(s.in_channels / s.groups, 1, INT32_MAX / taps)) return TK_BAD_SHAPE;
   const tk_csr weight{s.out_channels, s.in_channels / s.groups * taps, stored, nullptr, nullptr, nullptr};
   Packed p;
-  const tk_status status = plan_conv2d(s, weight, format, *vectors, tuning, &p);
+  const tk_status status = plan_conv2d(s, weight, format, *vectors, tuning, stored, &p);
   if (status != TK_OK) return status;
   *cut = cut_of(p);
   s.groups > 1 ? count_depthwise(p, cut) : count_conv2d(p, cut);

@@ -170,7 +170,7 @@ tk_status check_weight(const tk_csr& w, tk_format format, int32_t isa) {
 // The whole header, its arguments checked.
 tk_status whole_conv2d(const tk_conv2d& shape, const tk_csr& w, tk_format format, int32_t isa, const tk_tuning* tuning, Packed* p) {
   tk_status status = check_weight(w, format, isa);
-  if (status == TK_OK) status = plan_conv2d(shape, w, format, isa_at(isa)->vectors(), tuning, p);
+  if (status == TK_OK) status = plan_conv2d(shape, w, format, isa_at(isa)->vectors(), tuning, tk_stored_values(&w, format), p);
   p->isa = isa;
   if (status == TK_OK && p->value_bytes == sizeof(uint16_t) && !fits_halves(w)) status = TK_BAD_VALUES;
   return status == TK_OK ? lay_out(w, p) : status;

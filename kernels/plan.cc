@@ -222,7 +222,8 @@ tk_status plan_depthwise(Packed* p) {
 
 }  // namespace
 
-tk_status plan_conv2d(const tk_conv2d& s, const tk_csr& w, tk_format format, const tk_vectors& v, const tk_tuning* given, Packed* p) {
+tk_status plan_conv2d(const tk_conv2d& s, const tk_csr& w, tk_format format, const tk_vectors& v, const tk_tuning* given, int64_t stored,
+                      Packed* p) {
   const tk_status bad = check_shape(s, w);
   if (bad != TK_OK) return bad;
   tk_tuning tuning = given ? *given : tk_tuning{};

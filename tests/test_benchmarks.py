@@ -18,6 +18,7 @@ import layers  # noqa: E402
 import models  # noqa: E402
 import plot  # noqa: E402
 import shapes  # noqa: E402
+import simulated  # noqa: E402
 
 from ticketkit.errors import DataError, ModelError, TicketkitError  # noqa: E402
 
@@ -242,3 +243,34 @@ def test_rows_that_cannot_be_plotted(tmp_path):
     path.write_text("half a r")
     with pytest.raises(DataError, match=r"models\.jsonl:1: expected a row as JSON"):
         plot.panels(path)
+
+
+# --- simulated.py ---
+
+
+def made(core, sparsity, speedup, block="1x1"):
+    return simulated.Row(
+        True, "resnet18", "uniform", block, sparsity, core, 2.0, 10.0, 10.0 / speedup, speedup, 0.2, 20, 0, 21, "0.1.0", "c", "t",
+    )  # fmt: skip
+
+
+def test_the_simulated_page_has_the_newest_rows_and_the_check(tmp_path):
+    rows = [made("zen3", 0.9, 9.0), made("cortex-a55", 0.9, 3.0), made("cortex-a55", 0.9, 3.5, "4x1"), made("zen3", 0.9, 2.2)]
+    path = tmp_path / "simulated.jsonl"
+    path.write_text("".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
+    found = simulated.newest(path)
+    assert len(found) == 3
+    page = simulated.report(found, {("resnet18", "1x1", 0.9): 2.0, ("resnet50", "1x1", 0.9): 4.0})
+    assert "| resnet18 | 10 | 3.00x | 3.50x |" in page and "| resnet18 | 1x1 | 90% | 2.20x | 2.00x | +10% |" in page
+    assert "9.00" not in page and page.count("imulated") >= 5 and "Simulated, nothing here was run" in page
+
+
+def test_what_was_measured_of_the_simulated_networks():
+    found = simulated.measured(BENCHMARKS / "results" / "models.jsonl")
+    assert found["resnet50", "1x1", 0.9] == pytest.approx(4, rel=0.15) and ("resnet50", "4x1", 0.9) in found
+
+
+def test_simulating_no_such_core_writes_nothing(tmp_path):
+    with pytest.raises(TicketkitError, match="expected a core"):
+        simulated.main(["--core", "pentium", "--results", str(tmp_path / "rows.jsonl")])
+    assert not (tmp_path / "rows.jsonl").exists()

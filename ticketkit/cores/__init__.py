@@ -181,7 +181,7 @@ def _core(name: str, data: Any) -> Core:
             value = _number(field.name, value)
             value = int(value) if field.name in ("weights_by_lane", "line") else value
         elif not isinstance(value, bool if field.name in FLAGS else str):
-            raise TypeError(f"{field.name}: expected {'true or false' if field.name in FLAGS else 'words'}, got {str(value)[:40]}")
+            raise TypeError(f"{field.name}: expected {'true or false' if field.name in FLAGS else 'words'}, got {repr(value)[:40]}")
         found[field.name] = value
     return Core(**found)
 
@@ -202,11 +202,11 @@ def _fields(what: str, data: Any, expected: set[str]) -> None:
 def _number(name: str, value: Any) -> float:
     low, high = RANGES[name]
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise ValueError(f"{name}: expected a number of {low:g} to {high:g}, got {str(value)[:40]}")
+        raise ValueError(f"{name}: expected a number of {low:g} to {high:g}, got {repr(value)[:40]}")
     return float(value)
 
 
 def _list(name: str, value: Any, kind: type) -> list[Any]:
     if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
-        raise TypeError(f"{name}: expected a list of {kind.__name__}, got {str(value)[:40]}")
+        raise TypeError(f"{name}: expected a list of {kind.__name__}, got {repr(value)[:40]}")
     return value
