@@ -243,7 +243,6 @@ tk_status plan_conv2d(const tk_conv2d& s, const tk_csr& w, tk_format format, con
   p->pitch = choose_pitch(s, *p);
   share_columns(p);
   cut_tiles(tuning.tile_vectors, v, p);
-  const int64_t stored = w.values ? tk_stored_values(&w, format) : w.nnz;  // a cut knows only their number
   p->reads_planes = v.reads_planes && p->pointwise() && p->x_tile == 0 && s.in_h * s.in_w <= kMaxPlane &&
                     stored / p->unit_rows < kFewUses * s.in_channels;
   tk_status status = cut_blocks(tuning, p);

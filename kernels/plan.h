@@ -32,8 +32,8 @@ tk_status plan_strips(Packed* p, Strip* strips);
 // Pixels of a tile in memory; 0 for planes.
 int64_t tile_pixels(tk_layout layout, int64_t pixels, const tk_vectors& v);
 
-// Fill the header, all but the ISA. Sizes depend on shape, vectors, tuning and the number of `stored` values, of a gemm on that of non-zeros; of the
-// weight nothing but its three numbers is read.
+// Fill the header, all but the ISA. Sizes depend on shape, vectors, tuning and the number of `stored` values, of a gemm on that of non-zeros;
+// of the weight nothing but its three numbers is read.
 tk_status plan_conv2d(const tk_conv2d& shape, const tk_csr& weight, tk_format format, const tk_vectors& v, const tk_tuning* tuning,
                       int64_t stored, Packed* p);
 tk_status plan_gemm(const tk_csr& weight, tk_format format, const tk_vectors& v, Packed* p);

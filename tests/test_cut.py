@@ -108,10 +108,10 @@ def test_a_product_is_packed_as_its_cut_says(isa: native.Isa, format: str, rows:
 
 def test_planes_read_in_place_are_not_copied() -> None:
     """Where each channel has few uses, and only there."""
-    shape, neon = ConvShape(96, 28, 28, 128, 1, 1), Vectors(4, 32, 20, 20, 1)
-    few, many = (native.cut_conv2d(shape, "csr", neon, 96 * uses) for uses in (4, 64))
+    shape, neon = ConvShape(96, 28, 28, 128, 1, 1), Vectors(4, 32, 20, 20, 6, 1, 4)
+    few, many = (native.cut_conv2d(shape, 96 * uses, "csr", neon) for uses in (4, 64))
     assert (few.in_place, few.filled) == (1, 0) and (many.in_place, many.filled) == (0, 96 * 4 * 20 * many.tiles)
-    assert native.cut_conv2d(shape, "csr", replace(neon, reads_planes=0), 96 * 4).filled > 0
+    assert native.cut_conv2d(shape, 96 * 4, "csr", replace(neon, reads_planes=0)).filled > 0
 
 
 def test_wider_registers_change_the_cut() -> None:
