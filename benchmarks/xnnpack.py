@@ -11,7 +11,7 @@ order of floats it wants: ours as the file says, planes or tiles. All compute co
 residual, so ours leaves it out here.
 
 Ratios are medians over the rounds of the ratio within a round. A row for each layer, and one for all of them together (layer null: sums of
-times), is appended to results/xnnpack.jsonl. Needs ticketkit-layers built with XNNPACK (CMake's preset device; Debian: libxnnpack-dev,
+times), is appended to results/xnnpack.jsonl. Needs ticketkit-layers built with XNNPACK (CMake's preset xnnpack; Debian: libxnnpack-dev,
 libpthreadpool-dev).
 """
 
@@ -79,7 +79,7 @@ class Row:
 def measure(model: Model, chosen: argparse.Namespace, timestamp: str) -> list[Row]:
     """Rows of a model: all its pointwise layers together, then each. KernelError for a wrong result; DataError for a model without one."""
     path = model.file(chosen.image, chosen.files)
-    program = programs.find(chosen.build, "ticketkit-layers", "device")
+    program = programs.find(chosen.build, "ticketkit-layers", "xnnpack")
     with tempfile.TemporaryDirectory(prefix="ticketkit-xnnpack-") as folder:
         file = Path(folder) / "bundle"
         bundle.write(path, file, (1, 3, chosen.image, chosen.image))
@@ -159,7 +159,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=11, help="default %(default)s")
     parser.add_argument("--seconds", type=float, default=0.03, help="timed, per layer, engine and round; default %(default)s")
     parser.add_argument("--cpu", type=int, help="bind to this processor")
-    parser.add_argument("--build", type=Path, default=BUILDS / "device", help="the build with XNNPACK; default %(default)s")
+    parser.add_argument("--build", type=Path, default=BUILDS / "xnnpack", help="the build with XNNPACK; default %(default)s")
     parser.add_argument("--files", type=Path, default=BUILDS / "benchmarks", help="the networks are kept here")
     parser.add_argument("--results", type=Path, default=HERE / "results" / "xnnpack.jsonl", help="rows are appended to this file")
     return parser.parse_args(words)
