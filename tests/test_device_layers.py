@@ -105,8 +105,16 @@ def test_xnnpack_where_it_is_linked(layers: Path, written: Path) -> None:
         without = {c["layer"]: c["without"] for c in checked}
         assert all(c["ok"] for c in checked)
         assert without == dict.fromkeys("bdgh") | dict.fromkeys("acf", "activation") | {"e": "residual"}
+        plain = events(say(layers, written, "--check-only", "--plain").stdout, "checked")
+        assert all(c["ok"] and c["without"] is None for c in plain) and len(plain) == 3 * 8 + 2, "all compute the same"
     else:
         pytest.skip("this build has no XNNPACK")
+
+
+def test_plain_leaves_out_what_follows_the_clip(layers: Path, written: Path) -> None:
+    runs = [say(layers, written, "--check-only", "--engines", "sparse", *more).stdout for more in ((), ("--plain",))]
+    whole, plain = ({c["layer"]: c["max_abs_output"] for c in events(run, "checked")} for run in runs)
+    assert {name for name in whole if whole[name] != plain[name]} == set("acef")  # activations, and the residual of e
 
 
 @pytest.mark.parametrize("engine", ["sparse", "dense"])
@@ -169,7 +177,7 @@ def hostile(whole: bytes) -> Iterator[tuple[bytes, str]]:
     at = 16 + 4 + 1  # of the first layer's flags; its name is one letter
     for offset, code, value, text in [
         (0, "<I", 8, "flags"), (4, "<i", 3, "format"), (8, "<i", 4, "activation"), (12, "<f", np.nan, "min, max"), (24, "<i", -1, "tuning"),
-        (40, "<q", 0, "sizes from 1"), (48, "<q", 2**40, "sizes from 1"), (48, "<q", 2, "weight: "), (56, "<q", 2**24, "2\\^28"),
+        (40, "<q", 0, "sizes from 1"), (48, "<q", 2**40, "sizes from 1"), (48, "<q", 2, "weight: "), (56, "<q", 2**24, "2\\^27"),
         (80, "<q", 2**20, "larger than its image"), (112, "<q", -1, "pads"), (160, "<q", 7, "one group, or depthwise"),
         (168, "<q", 3, "layouts"), (184, "<q", -1, "col_indices"), (184, "<q", 2**60, "col_indices"), (192, "<f", np.inf, "bias"),
     ]:  # fmt: skip

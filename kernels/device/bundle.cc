@@ -91,7 +91,7 @@ void check_shape(BundleLayer& l) {
   l.out_w = room_w / s.stride_w + 1;
   const int64_t sizes[] = {product({l.batch, s.in_channels, s.in_h, s.in_w}), product({l.batch, s.out_channels, l.out_h, l.out_w}),
                            product({s.out_channels, s.in_channels / s.groups, s.kernel_h, s.kernel_w})};
-  for (const int64_t size : sizes) expect(size <= kMostFloats, "shape: expected inputs, outputs and weights of at most 2^28 floats");
+  for (const int64_t size : sizes) expect(size <= kMostFloats, "shape: expected inputs, outputs and weights of at most 2^27 floats");
 }
 
 BundleLayer read_layer(Reader& in) {

@@ -43,7 +43,7 @@ struct BundleLayer {
   tk_csr csr() const { return {rows(), cols(), static_cast<int64_t>(values.size()), values.data(), col_indices.data(), row_ptr.data()}; }
 };
 
-constexpr int64_t kMostFloats = int64_t{1} << 28;  // of an input, output or dense weight: 1 GiB
+constexpr int64_t kMostFloats = int64_t{1} << 27;  // of an input, output or dense weight: 512 MiB
 
 // The layers of a file's bytes, all checked: seal, lengths, ranges, shapes that fit, weights that tk_csr_validate takes. Throws
 // std::runtime_error naming layer and field.

@@ -3,6 +3,7 @@
 #ifndef TICKETKIT_DEVICE_EVENTS_H_
 #define TICKETKIT_DEVICE_EVENTS_H_
 
+#include <poll.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -85,6 +86,11 @@ class Event {
     for (size_t done = 0; done < line.size();) {
       const ssize_t wrote = write(STDOUT_FILENO, line.data() + done, line.size() - done);
       if (wrote < 0 && errno == EINTR) continue;
+      if (wrote < 0 && errno == EAGAIN) {  // a connection that somebody made non-blocking, and that is full
+        pollfd room = {STDOUT_FILENO, POLLOUT, 0};
+        poll(&room, 1, 1000);
+        continue;
+      }
       if (wrote <= 0) std::_Exit(1);
       done += static_cast<size_t>(wrote);
     }

@@ -31,6 +31,7 @@ const char* const kUsage =
     "  --rounds N          default 5; --seconds S timed in each, for each layer and engine, default 0.05; --warmup S, default 0.05;\n"
     "                      --settle N untimed runs at the start of a turn, default 1; --least N timed runs of a turn, default 1\n"
     "  --cpu LIST          bind to these processors, such as 7\n"
+    "  --plain             leave out residuals and activations but the clip, which XNNPACK's operators do not have\n"
     "  --check-only        compare with the reference; time nothing\n"
     "  --unchecked         compare nothing, which may take longer than all the rest: to count instructions of what was compared before\n"
     "  --spoil ENGINE      a negative control: makes one output of that engine wrong, which must be found\n"
@@ -55,7 +56,7 @@ struct Settings {
   std::string bundle, only, spoil, root;
   std::vector<const Kind*> kinds;
   std::vector<int> cpus;
-  bool check_only = false, unchecked = false;
+  bool check_only = false, unchecked = false, plain = false;
   Protocol protocol{5, 0.05, 0.05, 1, 1};
 };
 
@@ -89,6 +90,8 @@ Settings settings(Options& options) {
       s.protocol.least = options.whole(1, 100000);
     } else if (options.is("--cpu") || options.is("--cpus")) {
       s.cpus = options.cpus();
+    } else if (options.is("--plain")) {
+      s.plain = true;
     } else if (options.is("--check-only")) {
       s.check_only = true;
     } else if (options.is("--unchecked")) {
@@ -131,6 +134,7 @@ void describe(const BundleLayer& l) {
   std::string shape = "[" + std::to_string(l.batch);
   const int64_t numbers[] = {s.in_channels, s.in_h, s.in_w, s.out_channels, s.kernel_h, s.kernel_w, s.stride_h, s.stride_w, s.groups};
   for (const int64_t number : numbers) shape += "," + std::to_string(number);
+  const char* const layouts[] = {"planes", "csr", "bsr"};
   const int64_t nnz = static_cast<int64_t>(l.values.size()), uses = l.batch * l.out_h * l.out_w;
   Event("layer")
       .field("layer", l.name)
@@ -138,6 +142,7 @@ void describe(const BundleLayer& l) {
                    : l.shape.groups > 1 ? "depthwise"
                                         : "conv2d")
       .raw("shape", shape + "]")  // batch, in_channels, in_h, in_w, out_channels, kernel_h, kernel_w, stride_h, stride_w, groups
+      .raw("layouts", "[" + quoted(layouts[s.x_layout]) + "," + quoted(layouts[s.y_layout]) + "]")
       .field("weights", l.rows() * l.cols())
       .field("nnz", nnz)
       .field("multiply_adds", nnz * uses)
@@ -152,7 +157,11 @@ class Run {
   bool all() {
     int32_t isa = 0;
     if (tk_isa_active(&isa) != TK_OK) throw std::runtime_error("TICKETKIT_ISA names an instruction set that is unknown or cannot run here");
-    const std::vector<BundleLayer> layers = read_bundle(s_.bundle);
+    std::vector<BundleLayer> layers = read_bundle(s_.bundle);
+    for (BundleLayer& l : layers) {
+      l.residual = l.residual && !s_.plain;
+      if (s_.plain) l.activation = TK_IDENTITY;
+    }
     pin(s_.cpus);
     machine_.say(tk_isa_name(isa), "", tk_version());
     if (!s_.check_only) machine_.say_state("before");

@@ -29,7 +29,7 @@ from ticketkit.ticket import write_atomic
 MAGIC, VERSION = b"TKBUNDLE", 1
 PRODUCT, RESIDUAL, DENSE = 1, 2, 4  # flags
 ACTIVATIONS = {"None": 0, "Relu": 0, "Clip": 0, "LeakyRelu": 1, "HardSwish": 2, "Silu": 3}  # tk_activation, the clip aside
-MOST = 2**28  # floats of an input, output or dense weight
+MOST = 2**27  # floats of an input, output or dense weight
 
 
 def write(model: str | os.PathLike[str] | ModelProto, to: str | os.PathLike[str], input_shape: Sequence[int] | None = None) -> list[str]:
