@@ -17,13 +17,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.metadata
 import json
-import os
 import subprocess
 import sys
 import tempfile
-import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -38,6 +35,7 @@ from rich.table import Table
 
 import ticketkit
 from ticketkit.bench import bundle, machine, table, timing
+from ticketkit.bench.devices import _runner, qemu
 from ticketkit.errors import DataError, KernelError
 from ticketkit.lower import operators, read
 from ticketkit.runtime import native
@@ -45,20 +43,7 @@ from ticketkit.runtime import native
 HERE = Path(__file__).resolve().parent
 BUILDS = HERE.parent / "build"
 NETWORKS = ("resnet18-uniform-90.00", "resnet50-uniform-90.00", "mobilenet_v2-uniform-90.00")
-EMULATOR, PRESET = "qemu-aarch64-static", "aarch64-linux-gnu"
-SYSROOT = Path("/usr/aarch64-linux-gnu")
-# ONNX Runtime reads the processor's parts from here, and does not survive those of another family. A Cortex-A76, as the emulator is told.
-CPU = "cortex-a76"
-CPUINFO = """processor\t: 0
-BogoMIPS\t: 100.00
-Features\t: fp asimd aes pmull sha1 sha2 crc32 atomics fphp asimdhp asimdrdm lrcpc dcpop asimddp
-CPU implementer\t: 0x41
-CPU architecture: 8
-CPU variant\t: 0x4
-CPU part\t: 0xd0b
-CPU revision\t: 1
-
-"""
+EMULATOR, CPU, PRESET = qemu.CLIENT, qemu.CPU, "aarch64-linux-gnu"
 
 
 @dataclass(frozen=True)
@@ -98,10 +83,7 @@ class Emulation:
 
     @classmethod
     def prepare(cls, root: Path, build: Path, library: Path) -> Emulation:
-        (root / "proc").mkdir(parents=True)
-        (root / "proc" / "cpuinfo").write_text(CPUINFO)
-        for folder in SYSROOT.iterdir():
-            (root / folder.name).symlink_to(folder)
+        qemu.make_root(root)
         return cls(root, build, library)
 
     def run(self, name: str, *words: object) -> list[programs.Event]:
@@ -176,28 +158,6 @@ def version() -> str:
     return said.splitlines()[0]
 
 
-def onnxruntime_for_arm(folder: Path) -> Path:
-    """libonnxruntime for 64-bit ARM Linux, out of the wheel of the version installed here; kept in the folder. DataError without one."""
-    wanted = importlib.metadata.version("onnxruntime")
-    kept = folder / f"libonnxruntime-{wanted}-aarch64.so"
-    if not kept.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", scratch]
-            platforms = [word for tag in ("2_28", "2_27") for word in ("--platform", f"manylinux_{tag}_aarch64")]
-            done = subprocess.run([*pip, *platforms, f"onnxruntime=={wanted}"], capture_output=True, text=True, check=False)
-            wheels = list(Path(scratch).glob("*.whl"))
-            if done.returncode or not wheels:
-                why = (done.stderr.strip().splitlines() or ["no wheel"])[-1]
-                raise DataError(f"onnxruntime {wanted} for 64-bit ARM: {why}; give its libonnxruntime.so with --onnxruntime")
-            with zipfile.ZipFile(wheels[0]) as wheel:
-                (name,) = (n for n in wheel.namelist() if n.startswith("onnxruntime/capi/libonnxruntime.so."))
-                whole = Path(scratch) / "whole.so"
-                whole.write_bytes(wheel.read(name))
-            os.replace(whole, kept)
-    return kept
-
-
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     networks = [Model.parse(name) for name in NETWORKS]
@@ -206,7 +166,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", action="store_true", help="each layer too")
     parser.add_argument("--build", type=Path, default=BUILDS / PRESET, help="the build for 64-bit ARM; default %(default)s")
     parser.add_argument("--onnxruntime", type=Path, help="libonnxruntime.so for 64-bit ARM; default: out of PyPI's wheel")
-    parser.add_argument("--files", type=Path, default=BUILDS / "benchmarks", help="networks and libraries are kept here")
+    parser.add_argument("--files", type=Path, default=BUILDS / "benchmarks", help="the networks are kept here")
     parser.add_argument("--results", type=Path, default=HERE / "results" / "emulated.jsonl", help="rows are appended to this file")
     return parser.parse_args(words)
 
@@ -215,7 +175,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run and print; 1 where anything differs by more than rounding explains."""
     chosen = arguments(words)
     version()
-    library = chosen.onnxruntime or onnxruntime_for_arm(chosen.files)
+    library = _runner.onnxruntime("aarch64-linux", chosen.onnxruntime, lambda what: print(what, file=sys.stderr))
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     grid = Table("network", "layers", "ARM to here", "ARM, sparse to dense", "tolerance", "layer results right", box=None, pad_edge=False)
     wrong: list[Row] = []

@@ -42,6 +42,15 @@ def sysroot() -> Path:
     return Path(os.environ.get("QEMU_LD_PREFIX") or SYSROOT)
 
 
+def make_root(root: Path) -> None:
+    """Makes the folder that emulated programs see before this machine's files: the C library, and a processor that is no x86."""
+    (root / "proc").mkdir(parents=True)
+    (root / "proc" / "cpuinfo").write_text(CPUINFO)
+    for folder in sysroot().iterdir():
+        if folder.name not in ("proc", "sys"):
+            (root / folder.name).symlink_to(folder)
+
+
 def open(rest: str) -> Device:
     if rest:
         raise DeviceError(f"--device qemu: expected nothing more, got {shown(rest)}")
@@ -62,12 +71,7 @@ class Qemu(ShellDevice):
 
     def reserve(self) -> str:
         directory = super().reserve()
-        root = Path(directory) / "root"
-        (root / "proc").mkdir(parents=True)
-        (root / "proc" / "cpuinfo").write_text(CPUINFO)
-        for folder in sysroot().iterdir():
-            if folder.name not in ("proc", "sys"):
-                (root / folder.name).symlink_to(folder)
+        make_root(Path(directory) / "root")
         return directory
 
     def program(self, words: Sequence[str]) -> str:
