@@ -16,8 +16,6 @@ constexpr int64_t kGemmTile = 64;                  // rows of batch of a gemm's 
 constexpr int64_t kFewUses = 16;                   // vectors of a channel's tile that are read as seldom are not worth a copy in L1
 constexpr int64_t kMaxStrips = 1 << 16;
 
-constexpr int64_t kMaxPlane = int64_t{1} << 30;  // pixels of a plane that is read in place: its bytes are a 32-bit number
-
 bool is_depthwise(const tk_conv2d& s) { return s.groups > 1; }
 
 // Vectors of the widest tile that a format's loop of a convolution takes, and of a good one.
@@ -243,7 +241,7 @@ tk_status plan_conv2d(const tk_conv2d& s, const tk_csr& w, tk_format format, con
   p->pitch = choose_pitch(s, *p);
   share_columns(p);
   cut_tiles(tuning.tile_vectors, v, p);
-  p->reads_planes = v.reads_planes && p->pointwise() && p->x_tile == 0 && s.in_h * s.in_w <= kMaxPlane &&
+  p->reads_planes = v.reads_planes && p->pointwise() && p->x_tile == 0 && s.in_h * s.in_w < kMaxCopiedPlane &&
                     stored / p->unit_rows < kFewUses * s.in_channels;
   tk_status status = cut_blocks(tuning, p);
   while (status == TK_TOO_LARGE && p->tile_vectors > 1 && !tuning.tile_vectors) {  // huge windows: narrower tiles

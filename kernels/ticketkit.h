@@ -162,10 +162,10 @@ TK_API tk_status tk_run(const void* packed, const tk_args* args, int64_t part_be
 
 // What of an ISA decides how layers are cut up; also of an ISA that this build has no kernels for.
 typedef struct tk_vectors {
-  int32_t lanes;      // float32 of a vector: a power of two, 1 … 16
-  int32_t registers;  // 8 … 32
-  int32_t tile;       // vectors of the widest tile of single rows: 1 … 20
-  int32_t good_tile;  // and of one as a rule, at most `tile`
+  int32_t lanes;         // float32 of a vector: a power of two, 1 … 16
+  int32_t registers;     // 8 … 32
+  int32_t tile;          // vectors of the widest tile of single rows: 1 … 20
+  int32_t good_tile;     // and of one as a rule, at most `tile`
   int32_t block_tile;    // of the widest tile of a convolution in TK_BSR: 1 … 20
   int32_t reads_planes;  // 1 where pointwise convolutions may read planes in place
   int32_t value_bytes;   // of a convolution's weight in memory: 4, or 2 for halves

@@ -57,7 +57,8 @@ def test_vectors_are_those_of_the_kernels(core: Core) -> None:
         said = dict(re.findall(r"\b(k\w+) = (\w+)[,;]", code.partition("struct Vec {")[2]))
         names = "kLanes", "kRegisters", "kTile", "kGoodTile", "kReadsPlanes"
         numbers = [{"true": 1, "false": 0}.get(said[name], said[name]) for name in names]
-        assert native.Vectors(*map(int, numbers)) == core.vectors and int(said["kWeights"]) == core.weights_by_lane
+        rest = (int(said["kRegisters"]) - 1) // 5, *map(int, numbers[4:]), 4  # max_block_vectors of packed.h; weights are floats
+        assert native.Vectors(*map(int, numbers[:4]), *rest) == core.vectors and int(said["kWeights"]) == core.weights_by_lane
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from torch import Tensor, nn  # noqa: E402
 
 import ticketkit  # noqa: E402
 from ticketkit.errors import KernelError  # noqa: E402
+from ticketkit.runtime import torch_modules  # noqa: E402
 from ticketkit.runtime.torch_modules import SparseConv2d, SparseLinear, Swap, densify_, sparsify_  # noqa: E402
 
 
@@ -188,6 +189,32 @@ def test_what_cannot_be_sparse_stays_dense_and_says_why(net: Net, change: Any, r
     swap = next(swap for swap in sparsify_(net) if swap.name == "same")
     assert swap == Swap("same", 0.0, "dense", 0, swap.reason) and reason in swap.reason
     assert type(net.same) is nn.Conv2d
+
+
+def test_every_other_layer_is_named() -> None:
+    class Mine(nn.Linear):
+        pass
+
+    shared = nn.Linear(8, 8)
+    net = nn.Sequential(nn.Conv1d(2, 2, 1), nn.ConvTranspose2d(2, 2, 1), Mine(8, 8), nn.MultiheadAttention(8, 2), shared, nn.Linear(8, 8),
+                        nn.TransformerEncoderLayer(8, 2, 16))  # fmt: skip
+    net[5].weight = shared.weight
+    with torch.no_grad():
+        for p in net.parameters():
+            p.zero_()
+    report = {swap.name: swap for swap in sparsify_(net)}
+    assert {swap.format for swap in report.values()} == {"dense"} and len(report) == 11
+    assert report["0"].reason == "no kernels for Conv1d" and report["2"].reason == "no kernels for Mine"
+    assert "shared" in report["4"].reason and "shared" in report["5"].reason
+    assert report["6.linear1"].reason == "TransformerEncoderLayer multiplies its weight itself"
+
+
+def test_forms_of_a_gpu() -> None:
+    """What would be chosen there needs none."""
+    assert torch_modules._form(pruned((64, 64), 0.9) != 0, "cuda", "auto") == ("csr", 0)
+    blocks = np.kron(np.eye(2, dtype=bool), np.ones((32, 32), bool))
+    assert torch_modules._form(blocks, "cuda", "auto") == ("bsr", 32)
+    assert torch_modules._form(blocks, "cuda", "csr") == ("csr", 0)
 
 
 def test_wrong_arguments_are_named(net: Net) -> None:

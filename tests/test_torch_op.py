@@ -20,7 +20,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from ticketkit.errors import FormatError, KernelError  # noqa: E402
 from ticketkit.formats import gaps  # noqa: E402
-from ticketkit.runtime import native, torch_cache, torch_cpu  # noqa: E402
+from ticketkit.runtime import native, torch_cache, torch_cpu, torch_op  # noqa: E402
 from ticketkit.runtime.torch_op import sparse_conv2d, sparse_linear  # noqa: E402
 
 # weight, strides, pads, dilations, group; images are [2, weight[1] * group, 13, 11]
@@ -196,6 +196,24 @@ def test_packed_weights_go_with_their_tensors() -> None:
     assert torch_cpu.layers.entries and not any(entry.gone for entry in torch_cpu.layers.entries.values())
 
 
+def test_other_views_of_a_storage_are_other_weights() -> None:
+    base = torch.arange(1.0, 9.0)
+    steps = torch.tensor([0, 1, 1, 1], dtype=torch.uint16)
+    x, bias = torch.ones(1, 4), torch.zeros(1)
+    assert sparse_linear(x, base[:4], steps, bias, [1, 4]).item() == 10
+    assert sparse_linear(x, base[::2], steps, bias, [1, 4]).item() == 16
+
+
+def test_forgotten_weights_are_packed_again() -> None:
+    _, operands, options = layer()
+    x = torch.from_numpy(normal(1, 32, 8, 8))
+    before = sparse_conv2d(x, *operands, **options)
+    operands[0].data.mul_(2)  # torch does not count it
+    torch_op.forget()
+    bias = operands[2][:, None, None]
+    torch.testing.assert_close(sparse_conv2d(x, *operands, **options) - bias, 2 * (before - bias))
+
+
 def test_a_weight_changed_in_place_is_packed_again() -> None:
     _, operands, options = layer()
     x = torch.from_numpy(normal(1, 32, 8, 8))
@@ -243,6 +261,47 @@ class Net(nn.Module):
             return torch.relu(self.dense(x) + x).mean((2, 3))
         y = torch.ops.ticketkit.sparse_conv2d(x, self.values, self.gaps, self.bias, x, [32, 32, 3, 3], minimum=0.0, **self.options)
         return y.mean((2, 3))
+
+
+def test_a_compiled_backward_pass() -> None:
+    weight, (values, steps, bias, _, shape), options = layer((8, 8, 3, 3))
+    x = torch.from_numpy(normal(2, 8, 6, 6))
+
+    linear = *coded(pruned((5, 36), 0.5)), torch.zeros(5), [5, 36]
+
+    def loss(values: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+        y = torch.ops.ticketkit.sparse_conv2d(x, values, steps, bias, None, shape, minimum=0.0, **options)
+        return (torch.ops.ticketkit.sparse_linear(y.flatten(2), *linear) ** 2).sum()
+
+    for run in (loss, torch.compile(loss, backend="aot_eager")):
+        leaves = [t.clone().requires_grad_() for t in (values, bias, x)]
+        found = torch.autograd.grad(run(*leaves), leaves)
+        if run is loss:
+            expected = found
+    for got, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, exact)
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    window = [1, 1], [1, 1, 1, 1], [1, 1], 1, "csr", 0
+    for needs in ((True, True), (False, True), (True, False)):
+        arguments = torch.ones(2, 8, 6, 6), x, values, steps, shape, *window, *needs
+        torch.library.opcheck(torch_op.sparse_conv2d_backward, arguments, test_utils=checks)
+    assert weight.shape == tuple(shape)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_the_same_on_a_gpu() -> None:
+    """Forward and backward of the operators, csr and bsr, against those of the processor."""
+    weight, (values, steps, bias, _, shape), options = layer((64, 32, 3, 3))
+    x = torch.from_numpy(normal(2, 32, 9, 8))
+    for format in ("csr", "bsr"):
+        results = []
+        for device in ("cpu", "cuda"):
+            leaves = [t.to(device).requires_grad_() for t in (x, values, bias)]
+            y = sparse_conv2d(leaves[0], leaves[1], steps.to(device), leaves[2], None, shape, minimum=0.0, format=format, **options)
+            results.append([y.detach(), *torch.autograd.grad(y.square().sum(), leaves)])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(b.cpu(), a, rtol=1e-2, atol=1e-2)
+    assert weight.shape == tuple(shape)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

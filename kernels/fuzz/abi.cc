@@ -143,7 +143,8 @@ void convolution(Input& in, int32_t isa, tk_format format) {
   tk_cut cut;
   const tk_vectors vectors = {4, 32, 20, 20, 6, 1, 4};
   const tk_status status = tk_conv2d_packed_bytes(&s, &w.csr, format, isa, given, &bytes);
-  const tk_status of_cut = tk_conv2d_cut(&s, static_cast<int64_t>(w.csr.nnz < 0 ? 0 : w.csr.nnz), format, &vectors, given, &cut);  // of its own geometry, whatever the weight
+  const tk_status of_cut = tk_conv2d_cut(&s, static_cast<int64_t>(w.csr.nnz < 0 ? 0 : w.csr.nnz), format, &vectors, given,
+                                         &cut);  // of its own geometry, whatever the weight
   if (of_cut == TK_OK) TK_REQUIRE(cut.tiles >= 1 && cut.blocks >= 1 && cut.filled >= 0 && cut.pieces >= 0);
   if (status == TK_OK) TK_REQUIRE(of_cut == TK_OK || of_cut == TK_TOO_LARGE);  // wider tiles may have too long strips
   if (w.status != TK_OK) TK_REQUIRE(status != TK_OK);

@@ -10,12 +10,12 @@ import triton.language as tl
 from ticketkit.runtime.triton.geometry import channel_of, finish, offset, source, split_pixel, tap_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["bucket"])
 def conv2d_bsr(
     x, values, columns, row_ptr, order, block_at, bias, residual, y,
     pixels, out_h, out_w, out_channels, in_h, in_w, in_channels,
     x_n, x_c, x_h, x_w, y_n, y_c, y_h, y_w,
-    stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w, minimum, maximum,
+    stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w, minimum, maximum, bucket,
     KERNEL_W: tl.constexpr, POINTWISE: tl.constexpr, TRANSPOSED: tl.constexpr,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, CLIP: tl.constexpr,
     PRECISION: tl.constexpr, SUM: tl.constexpr, FACTOR: tl.constexpr, GPU: tl.constexpr,
@@ -28,7 +28,7 @@ def conv2d_bsr(
         values: [blocks, BLOCK_M, BLOCK_K]; block row r has those from row_ptr[r] to row_ptr[r + 1]; columns: tap and block of channels.
         order: the rows, longest first.
         block_at: TRANSPOSED only: rows are blocks of input channels there, and entry k is block block_at[k] of `values`, transposed.
-        POINTWISE: 1x1, stride 1, no padding: pixels of x and y are the same.
+        POINTWISE: 1x1, stride 1, no padding: pixels of x and y are the same. bucket: of sizes that share a configuration; not read.
         FACTOR, SUM: types of what is multiplied and added.
     """
     rows = tl.cdiv(out_channels, BLOCK_M)
@@ -50,23 +50,24 @@ def conv2d_bsr(
             there = there & real
             at = offset(image, up, left, x_n, x_h, x_w)
         channel = channel_of(column) * BLOCK_K + k
-        tile = tl.load(x + at[:, None] + channel[None, :] * x_c, mask=there[:, None] & (channel < in_channels)[None, :], other=0.0)
+        place = at[:, None] + channel.to(tl.int64)[None, :] * x_c
+        tile = tl.load(x + place, mask=there[:, None] & (channel < in_channels)[None, :], other=0.0)
         block = entry
         if TRANSPOSED:
             block = tl.load(block_at + entry)
         weight = tl.load(values + block.to(tl.int64) * (BLOCK_M * BLOCK_K) + inner)
         sums = tl.dot(tile.to(FACTOR), weight.to(FACTOR), sums, input_precision=PRECISION, out_dtype=SUM)
     m = row * BLOCK_M + tl.arange(0, BLOCK_M)
-    results = offset(image, h, w, y_n, y_h, y_w)[:, None] + m[None, :] * y_c
+    results = offset(image, h, w, y_n, y_h, y_w)[:, None] + m.to(tl.int64)[None, :] * y_c
     finish(sums, bias, residual, y, results, m, real, m < out_channels, minimum, maximum, BIAS, RESIDUAL, CLIP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["bucket"])
 def conv2d_bsr_values(
     x, gradient, columns, block_rows, result,
     pixels, share, blocks, out_h, out_w, out_channels, in_h, in_w, in_channels,
     x_n, x_c, x_h, x_w, y_n, y_c, y_h, y_w,
-    stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w,
+    stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w, bucket,
     KERNEL_W: tl.constexpr, POINTWISE: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr, FACTOR: tl.constexpr, GPU: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -93,9 +94,10 @@ def conv2d_bsr_values(
                                      KERNEL_W, False)  # fmt: skip
             there = there & real
         at = offset(image, up, left, x_n, x_h, x_w)
-        tile = tl.load(x + at[:, None] + channel[None, :] * x_c, mask=there[:, None] & (channel < in_channels)[None, :], other=0.0)
+        place = at[:, None] + channel.to(tl.int64)[None, :] * x_c
+        tile = tl.load(x + place, mask=there[:, None] & (channel < in_channels)[None, :], other=0.0)
         at = offset(image, h, w, y_n, y_h, y_w)
-        out = tl.load(gradient + at[None, :] + m[:, None] * y_c, mask=real[None, :] & (m < out_channels)[:, None], other=0.0)
+        out = tl.load(gradient + at[None, :] + m.to(tl.int64)[:, None] * y_c, mask=real[None, :] & (m < out_channels)[:, None], other=0.0)
         sums = tl.dot(out.to(FACTOR), tile.to(FACTOR), sums, input_precision=PRECISION, out_dtype=SUM)
     inner = tl.arange(0, BLOCK_M)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     tl.store(result + (piece.to(tl.int64) * blocks + block) * (BLOCK_M * BLOCK_K) + inner, sums)

@@ -10,12 +10,12 @@ import triton.language as tl
 from ticketkit.runtime.triton.geometry import channel_of, finish, offset, source, split_pixel, tap_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["bucket"])
 def conv2d_csr(
     x, values, columns, row_ptr, order, value_at, bias, residual, y,
     pixels, out_h, out_w, out_channels, in_h, in_w, in_channels,
     x_n, x_c, x_h, x_w, y_n, y_c, y_h, y_w,
-    stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w, minimum, maximum,
+    stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w, minimum, maximum, bucket,
     KERNEL_W: tl.constexpr, POINTWISE: tl.constexpr, TRANSPOSED: tl.constexpr,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, CLIP: tl.constexpr, SUM: tl.constexpr, GPU: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -27,7 +27,7 @@ def conv2d_csr(
         values, columns: [nnz]; row m has the entries row_ptr[m] … row_ptr[m + 1]; columns: tap and channel.
         order: the rows, longest first.
         value_at: TRANSPOSED only: rows are input channels there, and entry e has the value values[value_at[e]].
-        POINTWISE: 1x1, stride 1, no padding: pixels of x and y are the same.
+        POINTWISE: 1x1, stride 1, no padding: pixels of x and y are the same. bucket: of sizes that share a configuration; not read.
     """
     groups = tl.cdiv(out_channels, BLOCK_M)
     place = tl.program_id(0) % groups * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -44,27 +44,27 @@ def conv2d_csr(
         entry = begin + step
         column = tl.load(columns + entry, mask=alive, other=0)
         if POINTWISE:
-            at = here + channel_of(column)[None, :] * x_c
+            at = here + channel_of(column).to(tl.int64)[None, :] * x_c
             there = real[:, None] & alive[None, :]
         else:
             up, left, found = source(h[:, None], w[:, None], tap_of(column)[None, :], stride_h, stride_w, pad_top, pad_left, dilation_h,
                                      dilation_w, in_h, in_w, KERNEL_W, TRANSPOSED)  # fmt: skip
-            at = offset(image[:, None], up, left, x_n, x_h, x_w) + channel_of(column)[None, :] * x_c
+            at = offset(image[:, None], up, left, x_n, x_h, x_w) + channel_of(column).to(tl.int64)[None, :] * x_c
             there = found & real[:, None] & alive[None, :]
         if TRANSPOSED:
             entry = tl.load(value_at + entry, mask=alive, other=0)
         value = tl.load(values + entry, mask=alive, other=0.0).to(SUM)
         sums += tl.load(x + at, mask=there, other=0.0).to(SUM) * value[None, :]
-    results = offset(image, h, w, y_n, y_h, y_w)[:, None] + m[None, :] * y_c
+    results = offset(image, h, w, y_n, y_h, y_w)[:, None] + m.to(tl.int64)[None, :] * y_c
     finish(sums, bias, residual, y, results, m, real, place < out_channels, minimum, maximum, BIAS, RESIDUAL, CLIP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["bucket"])
 def conv2d_csr_values(
     x, gradient, columns, rows, result,
     pixels, share, nnz, out_h, out_w, in_h, in_w,
     x_n, x_c, x_h, x_w, y_n, y_c, y_h, y_w,
-    stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w,
+    stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w, bucket,
     KERNEL_W: tl.constexpr, POINTWISE: tl.constexpr, SUM: tl.constexpr, GPU: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -85,15 +85,15 @@ def conv2d_csr_values(
         pixel = first + tl.arange(0, BLOCK_P)
         real = (pixel < end)[:, None]
         image, h, w = split_pixel(pixel, out_h, out_w)
-        place = offset(image, h, w, y_n, y_h, y_w)[:, None] + m[None, :] * y_c
+        place = offset(image, h, w, y_n, y_h, y_w)[:, None] + m.to(tl.int64)[None, :] * y_c
         out = tl.load(gradient + place, mask=real & alive[None, :], other=0.0)
         if POINTWISE:
-            at = offset(image, h, w, x_n, x_h, x_w)[:, None] + channel_of(column)[None, :] * x_c
+            at = offset(image, h, w, x_n, x_h, x_w)[:, None] + channel_of(column).to(tl.int64)[None, :] * x_c
             there = real & alive[None, :]
         else:
             up, left, found = source(h[:, None], w[:, None], tap_of(column)[None, :], stride_h, stride_w, pad_top, pad_left, dilation_h,
                                      dilation_w, in_h, in_w, KERNEL_W, False)  # fmt: skip
-            at = offset(image[:, None], up, left, x_n, x_h, x_w) + channel_of(column)[None, :] * x_c
+            at = offset(image[:, None], up, left, x_n, x_h, x_w) + channel_of(column).to(tl.int64)[None, :] * x_c
             there = found & real & alive[None, :]
         tile = tl.load(x + at, mask=there, other=0.0)
         sums += tl.sum(tile.to(SUM) * out.to(SUM), 0)

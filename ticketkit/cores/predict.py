@@ -157,7 +157,7 @@ def _visits(core: Core, vectors: int, blocks: int, rows: int, gemm: bool = False
     """Cycles of all the visits of one unit of a tile: once for each block."""
     total = 0.0
     for first, last, times in ((True, blocks == 1, 1), (False, False, blocks - 2), (False, True, 1)):
-        if times > 0 and not (first and last and blocks > 1) and (blocks > 1 or first):
+        if times > 0 and (blocks > 1 or first):
             total += times * cycles(core, loops.visit(core, vectors, first, last and not gemm, rows))
     waits = core.fma_latency if not core.in_order else 2 * core.fma_latency
     return total + blocks * (waits + MISSED * core.mispredict)

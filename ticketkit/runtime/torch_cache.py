@@ -1,4 +1,4 @@
-"""What is made of tensors, packed weights above all, kept as long as the tensors' memory lives."""
+"""What is made of tensors, packed weights above all, kept until the next is made after the tensors' memory is gone."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeAlias, TypeVar
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+
+from ticketkit.errors import KernelError
 
 Key: TypeAlias = tuple[Any, ...]
 Made = TypeVar("Made")
@@ -30,7 +33,8 @@ class _Entry(Generic[Made]):
 class Cache(Generic[Made]):
     """Results by the tensors they were made of, and a form. Tensors changed in place count as others, and replace what was made of them.
 
-    Any number of threads may share one; a forked child starts with what its parent had.
+    Changes that torch does not count are not seen: through `.data`, and of tensors made in inference mode; `clear` forgets all. Any number
+    of threads may share one; a forked child starts with what its parent had.
     """
 
     def __init__(self) -> None:
@@ -45,11 +49,12 @@ class Cache(Generic[Made]):
         A storage whose weak reference is held keeps its address, so no other tensor can be taken for one that is gone.
         """
         storages = [tensor.untyped_storage() for tensor in tensors]
-        key = tuple((s._cdata, t.data_ptr(), t.numel(), t.dtype) for s, t in zip(storages, tensors, strict=True))
+        key = tuple((s._cdata, t.data_ptr(), t.shape, t.stride(), t.dtype) for s, t in zip(storages, tensors, strict=True))
         versions = tuple(map(_version, tensors))
         entry = self.entries.get(key)
-        if entry is not None and entry.versions == versions and form in entry.forms:
-            return entry.forms[form]
+        made = entry.forms.get(form) if entry is not None and entry.versions == versions else None
+        if made is not None:
+            return made
         with self._lock:
             for old in [old for old, entry in self.entries.items() if entry.gone]:
                 del self.entries[old]
@@ -57,14 +62,30 @@ class Cache(Generic[Made]):
             if entry is None or entry.versions != versions:
                 entry = self.entries[key] = _Entry(tuple(map(StorageWeakRef, storages)), versions)
             if form not in entry.forms:
-                made = make()
+                made = _made(tensors[0].device, make)
                 while len(entry.forms) >= MOST:
                     del entry.forms[next(iter(entry.forms))]
                 entry.forms[form] = made
             return entry.forms[form]
 
+    def clear(self) -> None:
+        """Forgets everything."""
+        with self._lock:
+            self.entries.clear()
+
     def _unlock(self) -> None:
         self._lock = threading.Lock()
+
+
+def _made(device: torch.device, make: Callable[[], Made]) -> Made:
+    """What `make` returns, on a GPU once it is there: other streams may be the next to read it."""
+    if device.type != "cuda":
+        return make()
+    if torch.cuda.is_current_stream_capturing():
+        raise KernelError("a weight is packed at its first call, which a CUDA graph cannot hold: run the layer once before the capture")
+    made = make()
+    torch.cuda.current_stream(device).synchronize()
+    return made
 
 
 def _version(tensor: Tensor) -> int:

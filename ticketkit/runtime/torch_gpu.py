@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import inf
 
+import torch
 from torch import Tensor
 
 from ticketkit.errors import FormatError, KernelError
@@ -31,7 +32,8 @@ def conv2d(
     weight, stored = packed(x, values, gaps, weight_shape, groups, format, block)
     low, high = -inf if minimum is None else minimum, inf if maximum is None else maximum
     residual = None if residual is None else residual.to(x.dtype)
-    return gpu.conv2d(_ordered(x, weight), weight, stored, bias.to(x.dtype), residual, window(stride, padding, dilation), low, high)
+    how = window(stride, padding, dilation), low, high, tf32("conv")
+    return gpu.conv2d(_ordered(x, weight), weight, stored, bias.to(x.dtype), residual, *how)
 
 
 def linear(
@@ -39,9 +41,10 @@ def linear(
     format: str, block: int,
 ) -> Tensor:  # fmt: skip
     """`torch_op.sparse_linear`, of rows [N, K] -> [N, M]."""
-    pointwise = (1, 1), (0, 0, 0, 0), (1, 1), 1
-    weight = values, gaps, bias, None, weight_shape
-    return conv2d(x[:, :, None, None], *weight, *pointwise, minimum, maximum, format, "planes", "planes", block)[:, :, 0, 0]
+    weight, stored = packed(x, values, gaps, weight_shape, 1, format, block)
+    low, high = -inf if minimum is None else minimum, inf if maximum is None else maximum
+    images, how = _ordered(x[:, :, None, None], weight), (gpu.Window(), low, high, tf32("matmul"))
+    return gpu.conv2d(images, weight, stored, bias.to(x.dtype), None, *how)[:, :, 0, 0]
 
 
 def gradients(
@@ -50,7 +53,17 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """The gradients of x and of the values, by sparse kernels."""
     weight, stored = packed(x, values, gaps, weight_shape, groups, format, block)
-    return gpu.gradients(gradient, x, weight, stored, window(stride, padding, dilation), of_x, of_values)
+    return gpu.gradients(gradient, x, weight, stored, window(stride, padding, dilation), of_x, of_values, tf32("conv"))
+
+
+def tf32(kind: str) -> bool:
+    """Whether torch's own layers of that kind, "conv" or "matmul", may round float32 operands to TF32 in this process."""
+    switch = torch.backends.cudnn if kind == "conv" else torch.backends.cuda.matmul
+    try:
+        return bool(switch.allow_tf32)
+    except RuntimeError:  # set by torch's newer names, beside which it refuses the older one
+        newer = torch.backends.cudnn.conv if kind == "conv" else torch.backends.cuda.matmul
+        return bool(newer.fp32_precision == "tf32")
 
 
 def window(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> gpu.Window:

@@ -11,6 +11,7 @@ left dense is in the report with its reason.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -25,6 +26,7 @@ from ticketkit.formats import bsr, gaps
 from ticketkit.runtime import gpu, torch_op
 
 Dense: TypeAlias = nn.Conv2d | nn.Linear
+LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention)  # that the report names
 LEAST = {("cpu", "csr"): 0.5, ("cpu", "bsr"): 0.5, ("cpu", "bsr1x4"): 0.5, ("cuda", "csr"): 0.95, ("cuda", "bsr"): 0.5}
 FILLED = 0.9  # share of non-zeros in blocks that makes them the weight's own
 HOOKS = (
@@ -138,13 +140,17 @@ def sparsify_(module: nn.Module, masks: Mapping[str, Any] | None = None, *, form
         raise KernelError("sparsify_: expected a network that holds layers, got a layer itself; put it into torch.nn.Sequential")
     found: dict[nn.Module, tuple[Swap, nn.Module | None]] = {}
     report = []
+    owners = Counter(id(p) for layer in module.modules() for p in layer.parameters(recurse=False))
     for owner_name, owner in list(module.named_modules(remove_duplicate=False)):
         for leaf, layer in list(owner.named_children()):
-            if type(layer) not in (nn.Conv2d, nn.Linear):
+            if not isinstance(layer, LAYERS):
                 continue
             name = f"{owner_name}.{leaf}" if owner_name else leaf
             if layer not in found:  # a layer in several places stays one
-                found[layer] = _swapped(name, layer, masks, format, least)
+                if why := _no_layer_of_ours(owner, layer, owners):
+                    found[layer] = Swap(name, 0.0, "dense", 0, why), None
+                else:
+                    found[layer] = _swapped(name, layer, masks, format, least)
                 report.append(found[layer][0])
             if (sparse := found[layer][1]) is not None:
                 setattr(owner, leaf, sparse)
@@ -195,6 +201,17 @@ def _swapped(
         return Swap(name, sparsity, "dense", 0, f"{sparsity:.1%} zeros, {enough:.0%} are where {chosen} gains on {device}"), None
     swap = Swap(name, sparsity, chosen, block, f"{sparsity:.1%} zeros")
     return swap, SparseConv2d(layer, kept, swap) if isinstance(layer, nn.Conv2d) else SparseLinear(layer, kept, swap)
+
+
+def _no_layer_of_ours(owner: nn.Module, layer: nn.Module, owners: Mapping[int, int]) -> str:
+    """Why a layer is none that can be put in place of; empty if it is one."""
+    if type(layer) not in (nn.Conv2d, nn.Linear):
+        return f"no kernels for {type(layer).__name__}"
+    if isinstance(owner, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        return f"{type(owner).__name__} multiplies its weight itself"
+    if any(owners[id(p)] > 1 for p in layer.parameters(recurse=False)):
+        return "its weight or bias is shared with another layer"
+    return ""
 
 
 def _unfit(layer: Dense) -> str:

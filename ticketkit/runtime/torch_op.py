@@ -11,8 +11,10 @@ bias converted to its type). They work under torch.compile and in programs of to
     import torch, ticketkit.runtime.torch_op
     network = torch.export.load("network.pt2").module()
 
-A weight is validated and packed when a call first meets it (on processors: for each image size), and stays packed as long as its tensors
-live; changing them in place packs it again. On processors work is shared by as many threads as `torch.get_num_threads()` says.
+A weight is validated and packed when a call first meets it (on processors: for each image size), and stays packed until the first packing
+after its tensors are gone; changing them in place packs it again, but through `.data` or in inference mode, where torch does not count
+changes: `forget()` then. On processors work is shared by as many threads as `torch.get_num_threads()` says. Float32 products on GPUs are in
+TF32 where torch's own convolutions (`torch.backends.cudnn`) or products (`torch.backends.cuda.matmul`) may be.
 
 x, values, bias and residual have gradients; those of bounded results are zero where a bound holds. On GPUs they cost what the non-zeros
 do. On processors the backward pass multiplies zeros: it is torch's own on the dense weight.
@@ -33,6 +35,8 @@ from torch import Tensor
 from ticketkit.errors import KernelError
 from ticketkit.runtime import torch_cpu, torch_gpu
 
+# Packing at the first call is nothing that a CUDA graph can hold
+_TAGS = tuple(tag for name in ("cudagraph_unsafe",) if (tag := getattr(torch.Tag, name, None)) is not None)
 _WEIGHT = "Tensor values, Tensor gaps, Tensor bias"
 _WINDOW = "int[] stride=[1, 1], int[] padding=[0, 0, 0, 0], int[] dilation=[1, 1], int groups=1"
 _RUN = 'float? minimum=None, float? maximum=None, str format="csr"'
@@ -42,6 +46,7 @@ _RUN = 'float? minimum=None, float? maximum=None, str format="csr"'
     "ticketkit::sparse_conv2d",
     mutates_args=(),
     device_types="cpu",
+    tags=_TAGS,
     schema=f"(Tensor x, {_WEIGHT}, Tensor? residual, int[] weight_shape, {_WINDOW}, {_RUN},"
     ' str x_layout="planes", str y_layout="planes", int block=0) -> Tensor',
 )
@@ -98,6 +103,7 @@ def _conv2d_on_gpu(
     "ticketkit::sparse_linear",
     mutates_args=(),
     device_types="cpu",
+    tags=_TAGS,
     schema=f"(Tensor x, {_WEIGHT}, int[] weight_shape, {_RUN}, int block=0) -> Tensor",
 )
 def sparse_linear(
@@ -138,6 +144,7 @@ def _linear_on_gpu(
     "ticketkit::sparse_conv2d_backward",
     mutates_args=(),
     device_types="cpu",
+    tags=_TAGS,
     schema="(Tensor gradient, Tensor x, Tensor values, Tensor gaps, int[] weight_shape, int[] stride,"
     " int[] padding, int[] dilation, int groups, str format, int block, bool of_x, bool of_values) -> (Tensor, Tensor)",
 )
@@ -165,6 +172,12 @@ def _as_promised(found: tuple[Tensor | None, Tensor | None], x: Tensor, values: 
     """Gradients as the fake kernel has them: of the type of what they are of, in planes, empty for None."""
     of_x, of_values = found
     return x.new_empty(0) if of_x is None else of_x.contiguous(), values.new_empty(0) if of_values is None else of_values.to(values.dtype)
+
+
+def forget() -> None:
+    """Drops every packed weight; the next calls pack anew."""
+    for cache in (torch_cpu.layers, torch_gpu.patterns, torch_gpu.stores, torch_gpu.sides):
+        cache.clear()
 
 
 # Shapes ---------------------------------------------------------------------------------------------------------------------------
@@ -239,7 +252,7 @@ def _conv2d_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     free = _unbounded(gradient, output, *ctx.bounds)
     of_x, of_values = _of_both(ctx, free, x, values, gaps, ctx.shape, ctx.window)
     bias_type, residual_type = ctx.types
-    of_bias = free.sum((0, 2, 3)).to(bias_type) if ctx.needs_input_grad[3] else None
+    of_bias = free.sum((0, 2, 3), dtype=bias_type) if ctx.needs_input_grad[3] else None
     of_residual = free.to(residual_type) if ctx.needs_input_grad[4] else None
     return of_x, of_values, None, of_bias, of_residual, *[None] * 11
 
@@ -258,7 +271,7 @@ def _linear_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     window = [1, 1], [0, 0, 0, 0], [1, 1], 1
     images = x.reshape(-1, cols)[:, :, None, None]
     of_x, of_values = _of_both(ctx, free[:, :, None, None], images, values, gaps, [rows, cols, 1, 1], window)
-    of_bias = free.sum(0).to(ctx.bias_type) if ctx.needs_input_grad[3] else None
+    of_bias = free.sum(0, dtype=ctx.bias_type) if ctx.needs_input_grad[3] else None
     return None if of_x is None else of_x.reshape(x.shape), of_values, None, of_bias, *[None] * 5
 
 

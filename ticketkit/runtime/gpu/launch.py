@@ -22,7 +22,7 @@ from ticketkit.runtime.gpu.weight import Weight
 BLOCKS = (128, 64, 32, 16)  # sides of blocks that the kernels take, best first
 TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 OLDEST = (3, 3)  # Triton: the first with results of tuning kept on disk
-CAPABILITY = (7, 0)  # of the GPU: the first with matrix units; bfloat16 and TF32 need 8.0
+CAPABILITY = (8, 0)  # of the GPU: the first whose matrix units Triton uses, and with bfloat16 and TF32
 PIECES = 4  # of work for each multiprocessor, where the gradient of the values is cut by pixels
 SHARE = 1024  # pixels of such a piece at least
 
@@ -89,7 +89,7 @@ def _require_capability(index: int) -> None:
 
 def conv2d(
     x: Tensor, weight: Weight, stored: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, window: Window = Window(),
-    minimum: float = -inf, maximum: float = inf,
+    minimum: float = -inf, maximum: float = inf, tf32: bool = False,
 ) -> Tensor:  # fmt: skip
     """clip(conv2d(x, W) + bias + residual, minimum, maximum).
 
@@ -97,6 +97,8 @@ def conv2d(
         x: [N, C, H, W], of one of TYPES, on the weight's device.
         weight, stored: the pattern, and `weight.store(values, x.dtype)`.
         bias: [M]; residual: [N, M, OH, OW]; in x's type.
+        minimum, maximum: as float32 numbers, whatever x's type.
+        tf32: whether the matrix units may round float32 operands to TF32; else blocks of float32 run on the ordinary units.
 
     Returns:
         [N, M, OH, OW], in x's type, channels_last where x is (or has one row of one pixel), else in planes.
@@ -113,18 +115,19 @@ def conv2d(
     if residual is not None and residual.stride() != y.stride():
         residual = torch.empty_like(y).copy_(residual)
     bias = bias.contiguous() if bias is not None else None
-    _multiply(x, weight, stored, bias, residual, y, window, (minimum, maximum), transposed=False)
+    _multiply(x, weight, stored, bias, residual, y, window, (minimum, maximum), tf32, transposed=False)
     return y
 
 
 def gradients(
-    gradient: Tensor, x: Tensor, weight: Weight, stored: Tensor, window: Window = Window(), of_x: bool = True, of_values: bool = True
-) -> tuple[Tensor | None, Tensor | None]:
+    gradient: Tensor, x: Tensor, weight: Weight, stored: Tensor, window: Window = Window(), of_x: bool = True, of_values: bool = True,
+    tf32: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """The gradients of x, and of the n kept values, from that of conv2d(x, W).
 
     Args:
         gradient: [N, M, OH, OW], in x's type.
-        x, weight, stored, window: of the forward pass.
+        x, weight, stored, window, tf32: of the forward pass.
 
     Returns:
         [N, C, H, W] in x's type and memory order, and [n] in float32 (float64 for float64); None for what is not asked for.
@@ -138,8 +141,8 @@ def gradients(
     _expect("gradient", gradient, shape, x)
     of_input = torch.empty_like(x) if of_x else None
     if of_input is not None:
-        _multiply(gradient, weight, stored, None, None, of_input, window, (-inf, inf), transposed=True)
-    return of_input, weight.gather(_of_values(gradient, x, weight, window)) if of_values else None
+        _multiply(gradient, weight, stored, None, None, of_input, window, (-inf, inf), tf32, transposed=True)
+    return of_input, weight.gather(_of_values(gradient, x, weight, window, tf32)) if of_values else None
 
 
 def _check(x: Tensor, weight: Weight, stored: Tensor) -> None:
@@ -166,7 +169,7 @@ def _memory(x: Tensor) -> torch.memory_format:
 
 def _multiply(
     x: Tensor, weight: Weight, stored: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor, window: Window,
-    clip: tuple[float, float], transposed: bool,
+    clip: tuple[float, float], tf32: bool, transposed: bool,
 ) -> None:  # fmt: skip
     """y from x by the weight, or by the transposed one."""
     if not y.numel():
@@ -180,17 +183,17 @@ def _multiply(
         "pixels": pixels, "out_h": y.shape[2], "out_w": y.shape[3], "out_channels": out_channels,
         "in_h": x.shape[2], "in_w": x.shape[3], "in_channels": x.shape[1],
         **_strides("x", x), **_strides("y", y), **_window(weight, window, x, y),
-        "minimum": clip[0], "maximum": clip[1],
+        "minimum": clip[0], "maximum": clip[1], "bucket": _bucket(pixels, len(rows.columns) // len(rows.order)),
         "TRANSPOSED": transposed, "BIAS": bias is not None, "RESIDUAL": residual is not None, "CLIP": clip != (-inf, inf),
     }  # fmt: skip
     if weight.block:
-        arguments |= {"BLOCK_M": weight.block, "BLOCK_K": weight.block, "PRECISION": _precision(x)}
+        arguments |= {"BLOCK_M": weight.block, "BLOCK_K": weight.block, "PRECISION": _precision(x, tf32)}
         _launch("conv2d_bsr", x, arguments, lambda c: (-(-pixels // c["BLOCK_P"]) * -(-out_channels // weight.block),))
     else:
         _launch("conv2d_csr", x, arguments, lambda c: (-(-pixels // c["BLOCK_P"]) * -(-out_channels // c["BLOCK_M"]),))
 
 
-def _of_values(gradient: Tensor, x: Tensor, weight: Weight, window: Window) -> Tensor:
+def _of_values(gradient: Tensor, x: Tensor, weight: Weight, window: Window, tf32: bool) -> Tensor:
     """The gradient of the values, in the kernels' order."""
     total = torch.float64 if x.dtype == torch.float64 else torch.float32
     pixels = len(gradient) * prod(gradient.shape[2:])
@@ -203,11 +206,11 @@ def _of_values(gradient: Tensor, x: Tensor, weight: Weight, window: Window) -> T
         "x": x, "gradient": gradient, "columns": weight.rows.columns, "block_rows" if weight.block else "rows": weight.entry_rows,
         "result": result, "pixels": pixels, "share": share, "blocks" if weight.block else "nnz": weight.entries,
         "out_h": gradient.shape[2], "out_w": gradient.shape[3], "in_h": x.shape[2], "in_w": x.shape[3],
-        **_strides("x", x), **_strides("y", gradient), **_window(weight, window, x, gradient),
+        **_strides("x", x), **_strides("y", gradient), **_window(weight, window, x, gradient), "bucket": _bucket(share, weight.entries),
     }  # fmt: skip
     if pixels and weight.block:
         arguments |= {"out_channels": gradient.shape[1], "in_channels": x.shape[1], "BLOCK_M": weight.block, "BLOCK_K": weight.block}
-        _launch("conv2d_bsr_values", x, arguments | {"PRECISION": _precision(x)}, lambda _: (weight.entries, pieces))
+        _launch("conv2d_bsr_values", x, arguments | {"PRECISION": _precision(x, tf32)}, lambda _: (weight.entries, pieces))
     elif pixels:
         _launch("conv2d_csr_values", x, arguments, lambda c: (-(-weight.entries // c["BLOCK_E"]), pieces))
     return result.sum(0)
@@ -226,8 +229,13 @@ def _window(weight: Weight, window: Window, x: Tensor, y: Tensor) -> dict[str, i
     }  # fmt: skip
 
 
-def _precision(x: Tensor) -> str:
-    return "tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+def _precision(x: Tensor, tf32: bool) -> str:
+    return "tf32" if x.dtype == torch.float32 and tf32 else "ieee"
+
+
+def _bucket(pixels: int, entries: int) -> int:
+    """Powers of two of both: layers of one bucket share their configuration."""
+    return 64 * pixels.bit_length() + entries.bit_length()
 
 
 @cache
@@ -264,17 +272,18 @@ INTERPRETED: dict[str, dict[str, int]] = {  # large: the interpreter takes its t
 }
 # what decides which configuration is fastest; beside them the types of the tensors
 KEYS = {
-    "conv2d_bsr": ["pixels", "out_channels", "in_channels", "KERNEL_W", "POINTWISE", "TRANSPOSED", "x_c", "BLOCK_M", "PRECISION", "GPU"],
-    "conv2d_csr": ["pixels", "out_channels", "in_channels", "KERNEL_W", "POINTWISE", "TRANSPOSED", "x_c", "GPU"],
-    "conv2d_bsr_values": ["pixels", "out_channels", "in_channels", "KERNEL_W", "POINTWISE", "x_c", "BLOCK_M", "PRECISION", "GPU"],
-    "conv2d_csr_values": ["pixels", "nnz", "KERNEL_W", "POINTWISE", "x_c", "GPU"],
+    "conv2d_bsr": ["bucket", "out_channels", "in_channels", "KERNEL_W", "POINTWISE", "TRANSPOSED", "x_c", "BLOCK_M", "PRECISION", "GPU"],
+    "conv2d_csr": ["bucket", "out_channels", "in_channels", "KERNEL_W", "POINTWISE", "TRANSPOSED", "x_c", "GPU"],
+    "conv2d_bsr_values": ["bucket", "out_channels", "in_channels", "KERNEL_W", "POINTWISE", "x_c", "BLOCK_M", "PRECISION", "GPU"],
+    "conv2d_csr_values": ["bucket", "KERNEL_W", "POINTWISE", "x_c", "GPU"],
 }
 
 
 def _launch(name: str, x: Tensor, arguments: dict[str, Any], grid: Callable[[dict[str, int]], tuple[int, ...]]) -> None:
     """Runs a kernel, on a GPU with the fastest configuration for its arguments: tried at the first such call, then kept on disk.
 
-    Triton's own cache holds them (TRITON_CACHE_DIR, else ~/.triton/cache), by kernel, version of Triton, name of the GPU and arguments.
+    Triton's own cache holds them (TRITON_CACHE_DIR, else ~/.triton/cache), by kernel, version of Triton, name of the GPU,
+    arguments (`KEYS`), and numbers of pixels and of entries to the power of two.
     """
     import triton.language as tl
 

@@ -61,8 +61,10 @@ class Weight:
         full = _full(shape)
         out_channels, channels, *window = full
         taps = prod(window)
-        if channels >= 2**CHANNEL_BITS or taps >= MOST_TAPS:
-            raise KernelError(f"weight_shape: expected fewer than {2**CHANNEL_BITS} channels and {MOST_TAPS} taps, got {list(shape)}")
+        # rows are columns of the transposed lists
+        if max(out_channels, channels) >= 2**CHANNEL_BITS or taps >= MOST_TAPS:
+            most = f"{2**CHANNEL_BITS} channels in and out and {MOST_TAPS} taps"
+            raise KernelError(f"weight_shape: expected fewer than {most}, got {list(shape)}")
         at = _positions(gaps, prod(full))
         m, rest = at // (channels * taps), at % (channels * taps)
         channel, tap = rest // taps, rest % taps
@@ -82,10 +84,10 @@ class Weight:
         return len(self.entry_rows)
 
     def store(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """Values [n] in the kernels' order, in that type."""
-        values = values.to(dtype)
+        """A copy of values [n] in the kernels' order, in that type."""
         if self.block is None:
-            return values.contiguous()
+            return values.to(dtype, copy=True).contiguous()
+        values = values.to(dtype)
         return values.new_zeros(self.size).index_copy_(0, self.place, values)
 
     def gather(self, stored: Tensor) -> Tensor:
