@@ -126,8 +126,8 @@ def report(rows: Iterable[Row], checks: dict[tuple[str, str, float], float]) -> 
             page.append(f"| {network} | {of[0].dense_ms:.3g} | {cells[0]} | {cells[1]} |")
     page.append(f"\n## The check: {MEASURED_ON} against its measurements\n")
     page.append(
-        "Speedups over dense onnxruntime of whole networks in `models.jsonl` (one thread, batch 1). Measured networks have pooling and\n"
-        "changes of layout too, which simulated ones leave out.\n"
+        "Speedups over dense onnxruntime of whole networks in `models.jsonl` (one thread, batch 1). Measured networks have pooling,\n"
+        "squeeze-and-excitation and changes of layout too, which simulated ones leave out.\n"
     )
     page.append("| network | blocks | zeros | simulated | measured | error |\n|---|---|---|---|---|---|")
     errors = []
