@@ -3,11 +3,11 @@
     python benchmarks/instructions.py --library build/aarch64/libticketkit.so --xnnpack DIR
     python benchmarks/instructions.py --library LIB --isa neon_fp16 --format bsr --sparsity 80 90
 
-`--library` is a build for 64-bit ARM (kernels/README.md). `--xnnpack` is the folder that Debian's arm64 packages libxnnpack-dev, libxnnpack0,
-libpthreadpool0 and libcpuinfo0 are unpacked in (`dpkg-deb -x`); without it only ours is counted. Needs Debian's qemu-user, gcc and
-g++-aarch64-linux-gnu. Every instruction of a call is counted, by a plugin of QEMU (instructions/counter.c): of ours tk_run, of theirs
-xnn_run_operator, and their set-up apart, which they repeat when the address of an input changes. Both get the same weights, a bias and a
-ReLU, on one thread, and their outputs are compared. Instructions are no time: llvm-mca's estimate is in benchmarks/mca.py.
+`--library` is a build for 64-bit ARM (kernels/README.md). `--xnnpack` is the folder that Debian's arm64 packages libxnnpack-dev,
+libxnnpack0, libpthreadpool0 and libcpuinfo0 are unpacked in (`dpkg-deb -x`); without it only ours is counted. Needs Debian's qemu-user,
+gcc and g++-aarch64-linux-gnu. Every instruction of a call is counted, by a plugin of QEMU (instructions/counter.c): of ours tk_run, of
+theirs xnn_run_operator, and their set-up apart, which they repeat when the address of an input changes. Both get the same weights, a bias
+and a ReLU, on one thread, and their outputs are compared. Instructions are no time: llvm-mca's estimate is in benchmarks/mca.py.
 
 Rows are appended to results/instructions.jsonl; all that stand for instructions are per non-zero and pixel.
 """
@@ -39,7 +39,7 @@ SOURCES = HERE / "instructions"
 NETWORKS = ("mobilenet_v2", "resnet50")
 SYSROOT = "/usr/aarch64-linux-gnu"
 ROWS_OF_A_BLOCK = {"csr": 1, "bsr": 4}
-TOLERANCE = {"neon": 1e-4, "scalar": 1e-4, "neon_fp16": 0.2}  # of outputs that are sums of up to 200 products below 1; wrong ones differ by 1
+TOLERANCE = {"neon": 1e-4, "scalar": 1e-4, "neon_fp16": 0.2}  # of sums of up to 200 products below 1
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,9 @@ def pointwise() -> list[Conv]:
 def run(words: Sequence[str | Path], env: dict[str, str] | None = None) -> str:
     """What a program prints. Raises KernelError with the last line of its complaints."""
     try:
-        done = subprocess.run([str(w) for w in words], capture_output=True, text=True, timeout=600, env={**os.environ, **(env or {})})
+        done = subprocess.run(
+            [str(w) for w in words], check=False, capture_output=True, text=True, timeout=600, env={**os.environ, **(env or {})}
+        )
     except FileNotFoundError:
         raise KernelError(f"{words[0]} is not installed; Debian has it in {_package(str(words[0]))}") from None
     if done.returncode:
@@ -133,7 +135,8 @@ def mean(values: Sequence[float]) -> float:
 def show(rows: Sequence[Count]) -> None:
     """A line for every layer, and the means."""
     first = rows[0]
-    table = Table(title=f"instructions per non-zero and pixel: {first.isa}, {first.format}, {first.sparsity:.0%} zeros, {first.block_rows}x1")
+    what = f"{first.isa}, {first.format}, {first.sparsity:.0%} zeros, {first.block_rows}x1"
+    table = Table(title=f"instructions per non-zero and pixel: {what}")
     for head in ("layer", "non-zeros", "ours", "inner", "XNNPACK", "inner", "set-up", "ours / XNNPACK"):
         table.add_column(head, justify="left" if head == "layer" else "right")
     for row in rows:

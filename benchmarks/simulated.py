@@ -22,8 +22,9 @@ from pathlib import Path
 import command
 import numpy as np
 
-from ticketkit import __version__, cores, estimate
+from ticketkit import __version__, cores
 from ticketkit.bench import machine
+from ticketkit.estimator import estimates
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NETWORKS = ("mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "resnet18", "resnet50")
@@ -59,16 +60,16 @@ class Row:
         return self.network, self.granularity, self.sparsity, f"{self.core}@{self.ghz:g}"
 
 
-def simulate(network: str, block: str, core: str, sparsities: Sequence[float], commit: str, timestamp: str) -> list[Row]:
-    """Rows of a network of torchvision on a core, one for each sparsity."""
-    found = estimate(network, sparsities, distribution="uniform", granularity=block, device=core)
-    assert found.device is not None
+def simulate(network: str, block: str, on: Sequence[str], sparsities: Sequence[float], commit: str, timestamp: str) -> list[Row]:
+    """Rows of a network of torchvision on these cores, one for each sparsity."""
     made = []
-    for level in found.levels:
+    found = estimates(network, sparsities, on, distribution="uniform", granularity=block)
+    for device, level in ((one.device, level) for one in found for level in one.levels):
+        assert device is not None
         totals, (dense, sparse) = level.plan.totals(), level.ms
         made.append(
             Row(
-                True, network, "uniform", block, level.sparsity, found.device.name, found.device.ghz, dense, sparse, level.speedup,
+                True, network, "uniform", block, level.sparsity, device.name, device.ghz, dense, sparse, level.speedup,
                 totals["flops_left"] / totals["flops_dense"], level.count("csr"), level.count("bsr"), len(level.plan.choices),
                 __version__, commit, timestamp,
             )
@@ -166,12 +167,11 @@ def main(words: Sequence[str] | None = None) -> int:
     with chosen.results.open("a", encoding="utf-8") as file:
         for network in chosen.network:
             for block in chosen.granularity:
-                for core in chosen.core:
-                    for row in simulate(network, block, core, chosen.sparsity, commit, now):
-                        file.write(json.dumps(asdict(row)) + "\n")
-                        what = f"{row.network} {row.granularity} {row.sparsity:.0%} on {row.core} at {row.ghz:g} GHz"
-                        times = f"{row.dense_ms:.4g} -> {row.sparse_ms:.4g} ms, {row.speedup:.2f}x"
-                        print(f"{what}: simulated {times}", file=sys.stderr, flush=True)
+                for row in simulate(network, block, chosen.core, chosen.sparsity, commit, now):
+                    file.write(json.dumps(asdict(row)) + "\n")
+                    what = f"{row.network} {row.granularity} {row.sparsity:.0%} on {row.core} at {row.ghz:g} GHz"
+                    times = f"{row.dense_ms:.4g} -> {row.sparse_ms:.4g} ms, {row.speedup:.2f}x"
+                    print(f"{what}: simulated {times}", file=sys.stderr, flush=True)
                 file.flush()
     return 0
 

@@ -1,8 +1,8 @@
 """Writes kernel cases, each with the oracle's answer, for replay.cc: so kernels are checked on processors where Python does not run.
 
 One case: int64 [20] (kind 0 conv2d / 1 gemm / 2 depthwise, batch, the 15 numbers of tk_conv2d before its layouts or rows and cols, nnz,
-x count, y count), float32 tolerance, min, max, activation, slope, tolerance in half precision, then x, values, bias, residual, expected (float32),
-col_indices (int32), row_ptr (int64), padded to 8 bytes each.
+x count, y count), float32 tolerance, min, max, activation, slope, tolerance in half precision, then x, values, bias, residual, expected
+(float32), col_indices (int32), row_ptr (int64), padded to 8 bytes each.
 """
 
 from __future__ import annotations

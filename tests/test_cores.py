@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
@@ -49,9 +50,14 @@ def test_the_cores_there_are() -> None:
 
 @pytest.mark.parametrize("core", ALL, ids=lambda core: core.name)
 def test_vectors_are_those_of_the_kernels(core: Core) -> None:
-    if core.isa not in [isa.name for isa in native.isas()]:
-        pytest.skip(f"this build has no {core.isa}")
-    assert native.vectors(core.isa) == core.vectors
+    if core.isa in [isa.name for isa in native.isas()]:
+        assert native.vectors(core.isa) == core.vectors
+    else:  # of another processor family: as its source says
+        code = (Path(__file__).resolve().parents[1] / "kernels" / "isa" / f"{core.isa}.cc").read_text(encoding="utf-8")
+        said = dict(re.findall(r"\b(k\w+) = (\w+)[,;]", code.partition("struct Vec {")[2]))
+        names = "kLanes", "kRegisters", "kTile", "kGoodTile", "kReadsPlanes"
+        numbers = [{"true": 1, "false": 0}.get(said[name], said[name]) for name in names]
+        assert native.Vectors(*map(int, numbers)) == core.vectors and int(said["kWeights"]) == core.weights_by_lane
 
 
 @pytest.mark.parametrize(
@@ -129,11 +135,11 @@ def test_any_value_in_any_field(tmp_path_factory: pytest.TempPathFactory, value:
 def test_limits_of_the_inner_loops() -> None:
     """Cycles for a non-zero and a pixel, by hand: two multiply-adds, or two loads, of four lanes a cycle are an eighth."""
     ideal = replace(cores.get("neoverse-n1"), sustained=1.0)
-    assert 1 / 8 <= predict.loop_cycles(ideal, "bsr", 6) < 0.13
+    assert 1 / 8 < predict.loop_cycles(ideal, "bsr", 6) < 0.15  # and a copy of each weight
     assert 1 / 8 < predict.loop_cycles(ideal, "csr", 20) < 0.14
     small = cores.get("cortex-a55")  # loads of two cycles and multiply-adds of one, which wait for each other
     assert predict.loop_cycles(small, "csr", 20) == pytest.approx(3 / 4, rel=0.1)
-    assert predict.loop_cycles(small, "bsr", 6) == pytest.approx((2 + 4) / 16, rel=0.2)
+    assert predict.loop_cycles(small, "bsr", 6) == pytest.approx((2 + 4 + 4 / 6) / 16, rel=0.15)
     assert loops.chains(1) == 4 and predict.loop_cycles(ideal, "csr", 1) > predict.loop_cycles(ideal, "csr", 10)
 
 
@@ -145,15 +151,15 @@ def test_the_avx2_loop_takes_what_was_counted() -> None:
 
 
 def test_loops_against_llvm_mca() -> None:
-    """Where its scheduling models know the core: what the whole loop takes, within 15 % and no less than the limit."""
+    """Cycles of the loops as compiled, by its scheduling models of the cores that it knows: ours are within 15 % of them."""
     known = {core.name: replace(core, sustained=1.0) for core in ALL}
-    compared = 0
+    compared = set()
     for row in rows("mca.jsonl"):
-        if row["cpu"] in known and row["format"] in ("csr", "bsr") and row["isa"] == known[row["cpu"]].isa:
-            predicted = predict.loop_cycles(known[row["cpu"]], row["format"], row["vectors"])
-            assert predicted == pytest.approx(row["cycles"], rel=0.15), row
-            compared += 1
-    assert compared >= 4
+        core, format = known.get(row["core"]), row["kernel"].split("_")[1]
+        if core and row["isa"] == core.isa:
+            assert predict.loop_cycles(core, format, row["vectors"]) == pytest.approx(row["cycles"], rel=0.15), row
+            compared.add((core.name, format))
+    assert len(compared) >= 4
 
 
 # Layers -----------------------------------------------------------------------------------------------------------------------

@@ -151,8 +151,25 @@ def estimate(
         TicketkitError: no such core.
         ModelError, FormatError, ExportError: the source is missing, damaged or unsupported, or has no prunable layer.
     """
+    how = {"distribution": distribution, "granularity": granularity, "round": round, "input_shape": input_shape, "batch": batch}
+    (found,) = estimates(source, sparsity, [device], **how)  # type: ignore[arg-type]
+    return found
+
+
+def estimates(
+    source: Source,
+    sparsity: float | Sequence[float],
+    devices: Sequence[str | None],
+    *,
+    distribution: str = "global",
+    granularity: str = "1x1",
+    round: int | None = None,
+    input_shape: Sequence[int] | None = None,
+    batch: int | None = None,
+) -> list[Estimate]:
+    """`estimate` for several devices, of the same zeros and plans."""
     levels, block = _fractions(sparsity), masks.parse_block(granularity)
-    core = cores.get(device) if device is not None else None
+    chosen = [cores.get(device) if device is not None else None for device in devices]
     if distribution not in DISTRIBUTIONS:
         raise TicketError(f"distribution: expected one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}")
     named = _is_name(source)
@@ -162,15 +179,19 @@ def estimate(
     weights = {layer.name: layer.weight for layer in layers}
     share = sum(w.size for w in weights.values()) / sum(layer.weight.size for layer in network.layers)
     pruned = [_pruned(network, DISTRIBUTIONS[distribution](weights, s, block)) for s in levels]
-    plans = [_simulated(of, plan(of), core) if core else plan(of) for of in pruned]
-    found = tuple(Level(s, chosen) for s, chosen in zip(levels, plans, strict=True))
-    machine, by_magnitude = str(cost.table()["machine"]), distribution == "global"
-    counted = COUNTED.format(machine=machine)
-    if core:
-        machine, counted = core.label, SIMULATED.format(core=core.label, processor=core.processor, share=core.dense_sustained)
-    notes = (counted, *([RANDOM if named else FOLDED] if by_magnitude else []))
+    plans = [plan(of) for of in pruned]
     name = os.fspath(source) if isinstance(source, str | os.PathLike) else "model"
-    return Estimate(name, tuple(weights), rule, share, distribution, granularity, machine, found, notes, core)
+    made = []
+    for core in chosen:
+        timed = [_simulated(of, one, core) for of, one in zip(pruned, plans, strict=True)] if core else plans
+        found = tuple(Level(s, one) for s, one in zip(levels, timed, strict=True))
+        machine = core.label if core else str(cost.table()["machine"])
+        counted = COUNTED.format(machine=machine)
+        if core:
+            counted = SIMULATED.format(core=core.label, processor=core.processor, share=core.dense_sustained)
+        notes = (counted, *([RANDOM if named else FOLDED] if distribution == "global" else []))
+        made.append(Estimate(name, tuple(weights), rule, share, distribution, granularity, machine, found, notes, core))
+    return made
 
 
 def _simulated(network: Network, chosen: Plan, core: Core) -> Plan:

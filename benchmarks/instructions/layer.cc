@@ -62,8 +62,7 @@ std::vector<float> by_ticketkit(const Problem& p, tk_format format) {
     }
     if (static_cast<int64_t>(i + 1) % p.in_channels == 0) rows.push_back(static_cast<int64_t>(values.size()));
   }
-  const tk_csr weight = {p.out_channels,         p.in_channels, static_cast<int64_t>(values.size()), values.data(), columns.data(),
-                         rows.data()};
+  const tk_csr weight = {p.out_channels, p.in_channels, static_cast<int64_t>(values.size()), values.data(), columns.data(), rows.data()};
   tk_conv2d shape{};
   shape.in_channels = p.in_channels;
   shape.in_h = p.height;
@@ -103,7 +102,8 @@ std::vector<float> by_xnnpack(const Problem& p) {
   if (status != xnn_status_success) fail("xnn_create_convolution2d_nchw_f32", status);
   std::vector<float> y(out * static_cast<size_t>(p.height * p.width));
   count_begin();
-  status = xnn_setup_convolution2d_nchw_f32(op, 1, static_cast<size_t>(p.height), static_cast<size_t>(p.width), p.x.data(), y.data(), nullptr);
+  status =
+      xnn_setup_convolution2d_nchw_f32(op, 1, static_cast<size_t>(p.height), static_cast<size_t>(p.width), p.x.data(), y.data(), nullptr);
   count_end();
   if (status != xnn_status_success) fail("xnn_setup_convolution2d_nchw_f32", status);
   count_begin();

@@ -43,8 +43,7 @@ struct Conv2dGroup {
       const float* const plane = from + begin * pixels + first;
       if (limit - plane >= (channels - 1) * pixels + smaller(p.tile_floats(), round_up(pixels - first, p.lanes))) return {plane, pixels};
     }
-    fill_strips(p, {a.x, limit, from, begin, channels, first, tiles, strips});
-    return {Rows::narrow(strips, channels * p.channel_floats), p.reads_planes ? p.channel_floats : 1};
+    return {Rows::fill(p, {a.x, limit, from, begin, channels, first, tiles, strips}), p.reads_planes ? p.channel_floats : 1};
   }
 
   // The rows of the group's i-th tile, whose accumulators lie at `acc`.
@@ -82,6 +81,7 @@ struct Conv2dGroup {
     t.y_stride = to.stride;
     t.y = a.y + image * p.rows * pixels + to.at;
     t.residual = a.residual ? a.residual + (t.y - a.y) : nullptr;
+    t.plain = !t.spans && !t.residual && t.last_lanes == Vec::kLanes && t.activation == TK_IDENTITY;
     run_rows<Rows>(vectors, t);
   }
 

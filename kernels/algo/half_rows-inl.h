@@ -1,5 +1,5 @@
 // The inner loops for CSR and BSR weights in half precision: weights, input and the sums of one block of channels are halves, sums of blocks,
-// bias, residual and activation float32. Included by isa/*.cc after csr_rows-inl.h and bsr_rows-inl.h, by those that have `Half`.
+// bias, residual and activation float32. Included by isa/*.cc after csr_rows-inl.h, bsr_rows-inl.h and strips-inl.h, by those that have `Half`.
 
 // The block's sums of row m, added to what came before it; then on to y or to the accumulators.
 template <int V, bool First, bool Last>
@@ -16,18 +16,34 @@ static inline void end_half_row(const Tile& t, int64_t m, const Half* sums) {
   }
 }
 
-// The strips as halves, in their place.
-static inline const float* narrowed(float* strips, int64_t floats) {
-  Half::Value* const to = reinterpret_cast<Half::Value*>(strips);
-  for (int64_t i = 0; i < floats; i += Half::kLanes) Half::narrow(strips + i, to + i);
-  return strips;
+// to[i] = from[i] as halves for i in [0, n), whole vectors of which more may be written.
+static inline void narrow(const float* from, int64_t n, Half::Value* to) {
+  constexpr int kAtOnce = 4;
+  int64_t i = 0;
+  for (; n - i >= kAtOnce * Half::kLanes; i += kAtOnce * Half::kLanes) {
+    TK_UNROLL for (int v = 0; v < kAtOnce; ++v) Half::narrow(Vec::load(from + i + v * Half::kLanes), to + i + v * Half::kLanes);
+  }
+  for (; n - i >= Half::kLanes; i += Half::kLanes) Half::narrow(Vec::load(from + i), to + i);
+  if (i < n) Half::narrow(Vec::load_first(from + i, static_cast<int32_t>(n - i)), to + i);
 }
 
 struct HalfRows {
   using Value = Half::Value;
   static constexpr int kValueBytes = 2;
-  static const float* narrow(float* strips, int64_t floats) { return narrowed(strips, floats); }
   static const float* at(const float* x, int64_t n) { return reinterpret_cast<const float*>(reinterpret_cast<const Value*>(x) + n); }
+
+  // Strips of halves: planes of a pointwise convolution at once, others in place of what has been filled.
+  static const float* fill(const Packed& p, const Fill& f) {
+    Value* const to = reinterpret_cast<Value*>(f.to);
+    const int64_t pixels = p.out_h * p.out_w, length = f.tiles * p.tile_floats(), inside = smaller(length, pixels - f.first);
+    if (p.x_tile != 0 || !p.pointwise()) {
+      fill_strips(p, f);
+      narrow(f.to, f.channels * p.channel_floats, to);
+      return f.to;
+    }
+    for (int64_t c = 0; c < f.channels; ++c) narrow(f.image + (f.begin + c) * pixels + f.first, inside, to + c * p.channel_floats);
+    return f.to;
+  }
 };
 
 struct HalfCsrRows : HalfRows {

@@ -1,5 +1,5 @@
 // What the inner loops of all formats share: the tile, the end of an output row, the choice of the loop. Included by isa/*.cc inside the
-// ISA's namespace, after `Vec`.
+// ISA's namespace, after strips-inl.h.
 
 // Where pixels of a tile go, if not one behind the other: `count` floats from float `at` of the tile on, in output row m to y + to + m * stride.
 struct Span {
@@ -39,7 +39,10 @@ using TileStep = StepOf<Vec::kReadsPlanes>::Type;
 // Formats whose inner loops read the strips as they are filled.
 struct FloatRows {
   static constexpr int kValueBytes = 4;
-  static const float* narrow(float* strips, int64_t) { return strips; }
+  static const float* fill(const Packed& p, const Fill& f) {
+    fill_strips(p, f);
+    return f.to;
+  }
   static const float* at(const float* x, int64_t n) { return x + n; }
 };
 
@@ -60,6 +63,7 @@ struct Tile {
   int32_t span_count;
   int32_t last_lanes;  // without spans: lanes of the last vector that are inside the output, 1 … Vec::kLanes
   bool first, last;    // first block: start from the bias; last block: add the residual, clip, write y, activate
+  bool plain;          // nothing but clipping, and whole vectors in one piece
   float min, max;
   int32_t activation;
   float slope;
@@ -76,6 +80,11 @@ static inline void prefetch_row(const float* y, const float* residual) {
 template <int V>
 static inline void write_row(const Tile& t, int64_t m, float* y, const float* residual, Vec* acc) {
   const Vec lo = Vec::set(t.min), hi = Vec::set(t.max);
+  if (t.plain) {
+    TK_UNROLL for (int v = 0; v < V; ++v) acc[v] = clip(acc[v], lo, hi);
+    TK_UNROLL for (int v = 0; v < V; ++v) acc[v].store(y + v * Vec::kLanes);
+    return;
+  }
   if (t.spans) {
     float padded[V * Vec::kLanes] = {};
     if (residual) {

@@ -1,4 +1,4 @@
-// Filling the strips (packed.h) of a convolution from its input. Included by isa/*.cc before conv2d-inl.h.
+// Filling the strips (packed.h) of a convolution from its input. Included by isa/*.cc before rows-inl.h.
 
 // The strips of `channels` channels of an image, from channel `begin` on, for `tiles` tiles from pixel `first` (pitched) on, written to
 // `to`. Nothing outside [x, limit) is read.

@@ -1,11 +1,11 @@
 // The algorithms, and the ISA's row of the dispatch table. Included last, inside the ISA's namespace.
 
 #include "../algo/activate-inl.h"
+#include "../algo/strips-inl.h"
 #include "../algo/rows-inl.h"
 #include "../algo/lanes-inl.h"
 #include "../algo/csr_rows-inl.h"
 #include "../algo/bsr_rows-inl.h"
-#include "../algo/strips-inl.h"
 
 #ifdef TK_HALVES
 #include "../algo/half_rows-inl.h"

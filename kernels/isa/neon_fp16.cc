@@ -11,11 +11,7 @@
 #endif
 
 #include "target.h"
-#if defined(__clang__)
-TK_TARGET_BEGIN("fullfp16")
-#else
 TK_TARGET_BEGIN("arch=armv8.2-a+fp16")
-#endif
 
 namespace tk::neon_fp16 {
 
@@ -129,7 +125,7 @@ struct Half {
   }
   Half operator+(const Half& b) const { return {vaddq_f16(v, b.v)}; }
   Vec widened() const { return {vcvt_f32_f16(vget_low_f16(v)), vcvt_high_f32_f16(v)}; }
-  static void narrow(const float* from, Value* to) { vst1q_f16(to, vcvt_high_f16_f32(vcvt_f16_f32(vld1q_f32(from)), vld1q_f32(from + 4))); }
+  static void narrow(const Vec& from, Value* to) { vst1q_f16(to, vcvt_high_f16_f32(vcvt_f16_f32(from.low), from.high)); }
 };
 
 #include "common-inl.h"

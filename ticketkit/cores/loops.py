@@ -73,7 +73,8 @@ def bsr(core: Core, vectors: int) -> Ops:
     fma = BLOCK_ROWS * vectors
     if core.weights_by_lane > 1:
         pairs = vectors // 2 + vectors % 2 if core.pairs else vectors
-        return Ops(fma + pairs + 4, fma, vectors + 2, 0.0, 1.0)
+        moved = BLOCK_ROWS  # compilers copy each weight to a register of its own, in the multiply-adds' pipes
+        return Ops(fma + moved + pairs + 4, fma + moved, vectors + 2, 0.0, 1.0)
     return Ops(fma + vectors + BLOCK_ROWS + 4, fma, vectors + BLOCK_ROWS + 1, 0.0, 1.0)
 
 
