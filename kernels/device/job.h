@@ -51,6 +51,7 @@ struct Engine {
   std::function<std::vector<float>()> y;
   std::string format;      // what the weights are packed in
   bool residual = true;    // whether it adds the residual
+  bool half = false;       // whether it computes in half precision
   bool activation = true;  // whether it applies more than the clip
 };
 

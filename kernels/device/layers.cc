@@ -223,7 +223,7 @@ class Run {
     const double own = curved ? 16 * static_cast<double>(std::numeric_limits<float>::epsilon()) : 0.0;
     double largest = 0, off = 0;
     for (size_t i = 0; i < y.size(); ++i) largest = std::max(largest, std::fabs(expected(wanted, job, c.engine, i)));
-    const double tolerance = slope * wanted.tolerance + own * largest;
+    const double tolerance = slope * (c.engine.half ? wanted.half_tolerance : wanted.tolerance) + own * largest;
     if (s_.spoil == c.name) y[y.size() / 2] += static_cast<float>(4 * tolerance + 1e-6 * (largest + 1));
     for (size_t i = 0; i < y.size(); ++i) {
       const double d = std::fabs(static_cast<double>(y[i]) - expected(wanted, job, c.engine, i));

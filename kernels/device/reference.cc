@@ -46,11 +46,18 @@ Reference reference(const Job& job) {
       }
     }
   }
+  constexpr double kEpsilon = std::numeric_limits<float>::epsilon(), kHalfEpsilon = 1.0 / 1024, kHalfLeast = 1.0 / (1 << 24);
   for (int64_t m = 0; m < l.rows(); ++m) {
-    double magnitude = std::fabs(static_cast<double>(l.bias[m])) + residual_most;
-    for (int64_t k = l.row_ptr[m]; k < l.row_ptr[m + 1]; ++k) magnitude += std::fabs(static_cast<double>(l.values[k])) * x_most;
+    const double around = std::fabs(static_cast<double>(l.bias[m])) + residual_most;
+    double magnitude = around, w_most = 0;
+    for (int64_t k = l.row_ptr[m]; k < l.row_ptr[m + 1]; ++k) {
+      const double w = std::fabs(static_cast<double>(l.values[k]));
+      magnitude += w * x_most;
+      w_most = std::max(w_most, w);
+    }
     const double terms = static_cast<double>(l.row_ptr[m + 1] - l.row_ptr[m] + 3);
-    r.tolerance = std::max(r.tolerance, 2 * static_cast<double>(std::numeric_limits<float>::epsilon()) * terms * magnitude);
+    r.tolerance = std::max(r.tolerance, 2 * kEpsilon * terms * magnitude);
+    r.half_tolerance = std::max(r.half_tolerance, 2 * terms * (kHalfEpsilon * magnitude + kHalfLeast * (1 + w_most + x_most)));
   }
   return r;
 }

@@ -9,8 +9,9 @@
 namespace tk::device {
 
 struct Reference {
-  std::vector<double> sums;  // bias and products, before residual and activation
-  double tolerance = 0;      // of a sum in float32, whatever the order of its terms
+  std::vector<double> sums;   // bias and products, before residual and activation
+  double tolerance = 0;       // of a sum in float32, whatever the order of its terms
+  double half_tolerance = 0;  // of one in half precision: by its epsilon, and 2^-24 for whatever is too small for it
 };
 
 // A sum of n terms in float32 is off by at most (n + 1) eps times the sum of their magnitudes, each product, addition and the rounding of

@@ -1,4 +1,5 @@
 // The engine `sparse`: the kernels of this library, in the format and layouts that the exported model has.
+#include <cstring>
 #include <stdexcept>
 
 #include "job.h"
@@ -65,6 +66,7 @@ Engine sparse_engine(const Job& job, int32_t isa) {
   const char* const formats[] = {"csr", "bsr", "bsr1x4"};
   Engine e;
   e.format = formats[l.format];
+  e.half = std::strcmp(tk_isa_name(isa), "neon_fp16") == 0 && !l.product && l.shape.groups == 1;
   e.run = [p] { check(tk_run(p->layer.data(), &p->args, 0, tk_parts(p->layer.data(), p->args.batch), p->workspace.data())); };
   e.y = [p, &l, out, isa] {
     std::vector<float> planes(p->y.size());
