@@ -35,8 +35,8 @@ def board(tmp_path, monkeypatch, model):
     return made
 
 
-def measure(model, name="ssh:board", **settings):
-    return _layers.measure(_run.Target(name), model, protocol=PROTOCOL, **settings)
+def measure(model, name="ssh:board", cpus=None, **settings):
+    return _layers.measure(_run.Target(name, cpus), model, protocol=PROTOCOL, **settings)
 
 
 def test_rows_of_layers(board, model):
@@ -48,6 +48,22 @@ def test_rows_of_layers(board, model):
     assert json.loads(row.to_json())["device"]["kind"] == "ssh"
     assert "--engines\nsparse,dense,xnnpack-dense\n" in "\n".join(board.calls())
     assert board.left() == []
+
+
+def test_layers_below_a_tick_of_the_clock(board, model, capsys):
+    board.do("coarse")
+    report = measure(model, cpus="0")
+    assert {(row.p50_ms, row.gflops, row.speedup) for row in report.rows} == {(0, None, None)}
+    on.bench(on.Target("ssh:board"), model, protocol=PROTOCOL, layers=True)
+    assert "all sparse layers" not in capsys.readouterr().out
+
+
+def test_one_processor_is_used_and_named(board, model):
+    two = sorted(os.sched_getaffinity(0))[:2]
+    report = measure(model, cpus=",".join(map(str, two)))
+    assert {tuple(row.device["cpus"]) for row in report.rows} == {(two[-1],)}
+    assert f"--cpu\n{two[-1]}\n" in "\n".join(board.calls())
+    assert f"pinned to cpu {two[-1]}" in report.notes
 
 
 def test_a_killed_run_keeps_its_layers(board, model, capsys, tmp_path):

@@ -54,7 +54,8 @@ class DeviceRow(rows.Row):
     """A row of a device: that of `bench`, and where it was measured.
 
     `device` has kind, model, abi, kernel; clusters (name, cpus, max_khz, core); cpus, the processors used ([]: not pinned);
-    temperatures (degrees Celsius by zone) and khz (by processor) before and after; throttled; complete (False: the run was cut off).
+    temperatures (degrees Celsius by zone) and khz (by processor) before and after; throttled; complete (False: the run, or this engine's
+    part of it, was cut off).
     `cpu` is the device's, `commit` that of this machine's ticketkit.
     """
 
@@ -180,7 +181,8 @@ def measure(
                 raise
             interrupted = True
         complete = stopped is None and not interrupted
-        found = [_row(load, heard, name, differences[name], threads, started, complete) for name in heard.times]
+        whole = {name: complete and name not in heard.failures for name in heard.times}
+        found = [_row(load, heard, name, differences[name], threads, started, whole[name]) for name in heard.times]
         said = notes(load.facts, load.device.label, load.cpus, heard.kernel, heard.states, slowing(heard.times))
         return timing.Report(load.subject, _with_ratios(found, heard), heard.failures, interrupted, said, stopped)
 
