@@ -214,6 +214,61 @@ def test_every_shell_of_a_device_will_do(shell, board, model, monkeypatch):
     assert board.left() == [] and eventually(board.ended, 20)
 
 
+# --- what stays behind ---
+
+
+def test_a_copy_that_breaks_off_says_what_may_be_left(board, model):
+    """The connection goes while the first file is copied, and does not come back."""
+    board.program("cat", 'case $1 in "") kill -9 $PPID; exit 1;; esac; exec /bin/cat "$@"')
+    board.program("rm", "echo 'rm: the device is gone' >&2; exit 1")
+    left = r"while copying ticketkit-network; \S+/ticketkit\.\w+ may be left on the device: .*the device is gone"
+    with pytest.raises(DeviceError, match=left):
+        measure("ssh:board", model)
+    assert len(board.left()) == 1
+
+
+@pytest.mark.parametrize("name", DEVICES[1:])
+def test_a_directory_that_cannot_be_removed_is_a_note(name, board, model):
+    board.program("rm", "echo 'rm: cannot remove: Read-only file system' >&2; exit 1")
+    report = measure(name, model)
+    assert [row.n for row in report.rows] == [12, 12] and not report.stopped
+    assert "may be left on the device" in report.notes[-1] and "Read-only file system" in report.notes[-1]
+
+
+@pytest.mark.parametrize("folder", ["a b", "a'b", "rel", "//x"])
+def test_a_folder_for_temporary_files_that_is_none_of_ours(folder, board, model, monkeypatch, tmp_path):
+    made = folder if folder in ("rel", "//x") else str(tmp_path / folder)
+    if made == str(tmp_path / folder):
+        os.mkdir(made)
+    with monkeypatch.context() as changed:
+        changed.setenv("TMPDIR", made)
+        device = local.open("")
+        directory = device.reserve()
+    try:
+        assert directory.startswith("/tmp/ticketkit.")
+    finally:
+        device.remove(directory)
+
+
+def test_a_folder_for_temporary_files_with_a_slash_at_the_end(board, monkeypatch):
+    monkeypatch.setenv("TMPDIR", f"{board.root}/")
+    device = local.open("")
+    device.remove(device.reserve())
+    assert board.left() == []
+
+
+def test_signals_that_are_ignored_stay_ignored(board, model):
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        board.do("waits")
+        with board.once_it_waits(lambda: (os.kill(os.getpid(), signal.SIGHUP), time.sleep(0.5), os.kill(os.getpid(), signal.SIGTERM))):
+            report = measure("local", model)
+        assert report.interrupted and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 # --- room on the device ---
 
 

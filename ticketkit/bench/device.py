@@ -60,7 +60,7 @@ def bench(
         _raise(by_layer.failures, by_layer.stopped, by_layer.interrupted, bool(by_layer.rows))
     elif emulated:
         table.publish(_emulated_table(emulation), emulation.rows, json_to, {})
-        _raise(emulation.failures, None, False, bool(emulation.rows))
+        _raise(emulation.failures, emulation.stopped, emulation.interrupted, bool(emulation.rows))
     else:
         table.conclude(report, json_to, {}, required=chosen or _run.ENGINES)
 
@@ -91,6 +91,9 @@ def _emulated_table(report: _emulate.Report) -> RenderableType:
         notes += [f"max |diff|: against dense onnxruntime on this machine, whose largest output is {row.max_abs_output:.3g}", isas]
         if dense is None:
             notes.append("--instructions counts them, which takes minutes")
+    if report.interrupted or report.stopped:
+        notes.append("interrupted: not all counts" if report.interrupted else "broken off: not all counts")
+    notes += report.notes
     return Group(Text(f"{report.model}: 64-bit ARM under emulation", style="bold"), grid, "", *map(Text, filter(None, notes)))
 
 

@@ -190,7 +190,7 @@ def measure(
             known = bundle.write(path, file)
         except ModelError as error:
             raise ModelError(f"{path.name}: {error}") from None
-        heard, stopped, interrupted = Heard(frozenset(known)), None, False
+        heard, stopped, interrupted, left = Heard(frozenset(known)), None, False, list[str]()
 
         def take(event: Event) -> None:
             heard.take(event)
@@ -199,7 +199,7 @@ def measure(
 
         try:
             files = [File(program, _runner.LAYERS, True), File(file, file.name)]
-            with workplace(device, files, lambda what: progress(0, len(known), what)) as directory:
+            with workplace(device, files, lambda what: progress(0, len(known), what), left) as directory:
                 words = [f"{directory}/{_runner.LAYERS}", f"{directory}/{file.name}", *_options(names, cpus)]
                 if device.emulated:
                     follow(device, [*words, "--check-only"], directory, asked.timeout + SLACK, take)
@@ -223,7 +223,7 @@ def measure(
         row for layer in heard.layers.values() for row in _rows(layer, path.name, digest, heard, facts, about, started, device.emulated)
     ]
     notes = _run.notes(facts, device.label, cpus, heard.kernel, heard.states, [])
-    return Report(path.name, found, heard.failures, interrupted, notes, stopped, device.emulated)
+    return Report(path.name, found, heard.failures, interrupted, notes + left, stopped, device.emulated)
 
 
 def _count(words: Sequence[str], directory: str, heard: Heard, progress: timing.Progress) -> None:
