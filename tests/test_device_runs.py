@@ -1,5 +1,6 @@
 """A run on a device from beginning to end: rows, partial rows of runs that break off, and nothing left behind."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -320,6 +321,23 @@ def test_the_table_says_where_and_how_warm(board, model, capsys, tmp_path):
     printed = " ".join(capsys.readouterr().out.split())
     assert "device ssh:pi@board" in printed and "broken off: fewer rounds than asked for" in printed
     assert [json.loads(line)["engine"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == ["onnxruntime", "ticketkit"]
+
+
+def test_no_text_of_a_stranger_reaches_the_terminal_as_more_than_text(board, model, capsys):
+    """Neither rich's markup, which here would be an error, nor control characters; and the rows are out before the table is made."""
+    report = measure("local", model)
+    rows = [dataclasses.replace(row, engine_version="[/x]\x1b[2J[bold]", model="\x1b]0;a\x07") for row in report.rows]
+    on.table.conclude(dataclasses.replace(report, rows=rows, notes=["\x1b[31m"]), None, {"a": "\x1b[1m"}, ())
+    printed = capsys.readouterr().out
+    assert "[/x]?[2J[bold]" in printed and "\x1b[2J" not in printed and "\x1b]" not in printed and "\x1b[31m" not in printed
+    assert "not used: a: ?[1m" in printed
+
+    def broken():
+        raise RuntimeError("no table")
+
+    with pytest.raises(RuntimeError):
+        on.table.publish(broken, report.rows, "-", {})
+    assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 def test_rounds_that_take_longer_and_longer_are_a_warning():

@@ -1,5 +1,6 @@
 """`bench --device … --layers`: rows, partial rows, and answers that are not believed."""
 
+import dataclasses
 import json
 import os
 from importlib import import_module
@@ -73,6 +74,26 @@ def test_a_killed_run_keeps_its_layers(board, model, capsys, tmp_path):
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 3
     assert "broken off: not all layers" in capsys.readouterr().out
     assert board.left() == []
+
+
+def test_sums_are_of_engines_that_have_all_sparse_layers(board, model, capsys):
+    """The faster dense engine lacks a layer: it has no sum, and the ratio is against the other."""
+    report = measure(model)
+    rows = [row for row in report.rows if (row.engine, row.layer) != ("xnnpack-dense", "conv1")]
+    print_table(dataclasses.replace(report, rows=rows))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("all sparse layers")]
+    assert line.split()[3:] == ["6.25", "21.2", "-", "3.40"]
+
+
+def test_names_of_layers_are_text_and_no_more(board, model, capsys):
+    report = measure(model)
+    print_table(dataclasses.replace(report, rows=[dataclasses.replace(row, layer="[/x]\x1b[2J", format="[/y]") for row in report.rows]))
+    printed = capsys.readouterr().out
+    assert "[/x]?[2J" in printed and "[/y]" in printed and "\x1b[2J" not in printed
+
+
+def print_table(report):
+    on.table.publish(lambda: on._layers_table(report), [], None, {})
 
 
 def test_a_wrong_layer_has_no_speed(board, model):

@@ -189,7 +189,7 @@ def measure(
         try:
             known = bundle.write(path, file)
         except ModelError as error:
-            raise ModelError(f"{path.name}: {error}") from None
+            raise ModelError(str(error) if str(error).startswith(str(path)) else f"{path.name}: {error}") from None
         heard, stopped, interrupted, left = Heard(frozenset(known)), None, False, list[str]()
 
         def take(event: Event) -> None:
