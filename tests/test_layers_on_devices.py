@@ -165,6 +165,18 @@ def test_emulated_layers_have_instructions_and_no_times(tmp_path, capsys):
     assert "no times" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(not has_layers(ARM) or not qemu.available()[0], reason="no $TICKETKIT_RUNNER_AARCH64 or no qemu-aarch64-static")
+def test_emulated_models_are_right(tmp_path, capsys):
+    model = tmp_path / "net.onnx"
+    onnx.save(conv_net(0.95, channels=24, batch=1), model)
+    on.bench(on.Target("qemu", runner=ARM), model, protocol=timing.Protocol(timeout=60), json_to=str(tmp_path / "rows.jsonl"))
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [(row["engine"], row["instructions"]) for row in rows] == [("onnxruntime", None), ("ticketkit", None)]
+    assert all(row["max_abs_diff"] < 1e-4 * row["max_abs_output"] for row in rows) and rows[1]["sparse_layers"] > 0
+    assert rows[1]["isa"] == "neon" and not [name for name in rows[1] if name.endswith("_ms")]
+    assert "no times" in capsys.readouterr().out
+
+
 # --- the script of benchmarks/ ---
 
 
