@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx
 import pytest
-from graphs import conv_net
+from graphs import conv_net, graph, node, pruned
 from runners import RUNTIME, runner
 
 import ticketkit
@@ -115,8 +115,29 @@ def test_xnnpack_rows_add_up() -> None:
     assert both.speedup_over_sparse == 1.5, "the median of 6/4, 12/4 and 12/8"
 
 
+def compare(tmp_path: Path, folder: Path) -> list[dict[str, object]]:
+    words = ["--build", str(folder), "--results", str(tmp_path / "rows.jsonl"), "--rounds", "2", "--seconds", "0", "--image", "32"]
+    xnnpack.main([*words, "--model", "resnet18-uniform-90.00"])
+    return [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+
+
 def test_xnnpack_measures(tmp_path: Path, network: None) -> None:
-    """The small network has no pointwise layer of stride 1, and a build may have no XNNPACK: each is said."""
-    places = ["--build", str(build(tmp_path)), "--results", str(tmp_path / "rows.jsonl")]
-    with pytest.raises((DataError, KernelError), match=r"pointwise layers of stride 1|was built with sparse, dense"):
-        xnnpack.main([*places, "--rounds", "1", "--seconds", "0", "--image", "32"])
+    """Where the runner has XNNPACK, a row for all pointwise layers of stride 1 and one for each; none of either is said."""
+    folder = build(tmp_path)
+    try:
+        compare(tmp_path, folder)
+    except KernelError as error:
+        assert "was built with sparse, dense" in str(error)
+        return
+    except DataError as error:
+        assert "pointwise layers of stride 1" in str(error)  # the small network has one of stride 2 only
+    else:
+        pytest.fail("expected that a network without pointwise layers of stride 1 is refused")
+    constants = {"stem.weight": pruned((64, 3, 1, 1), 0.0)}
+    constants |= {f"{name}.weight": pruned((64, 64, 1, 1), 0.9, seed) for seed, name in enumerate("ab")}
+    nodes = [node("Conv", "x stem.weight", "s"), node("Conv", "s a.weight", "a"), node("Relu", "a", "r"), node("Conv", "r b.weight", "y")]
+    onnx.save(graph(nodes, {"x": [1, 3, 32, 32]}, ["y"], constants), tmp_path / "net-plain.onnx")
+    ticketkit.export(tmp_path / "net-plain.onnx", tmp_path / "net.onnx")
+    whole, *each = compare(tmp_path, folder)
+    assert (whole["layer"], whole["layers"], [row["layers"] for row in each]) == (None, 2, [1, 1])
+    assert whole["nnz"] == sum(row["nnz"] for row in each) and all(row["xnnpack_sparse_ms"] > 0 for row in each)  # type: ignore[misc, operator]

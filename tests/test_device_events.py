@@ -13,6 +13,7 @@ VALUES = st.recursive(
     st.none()
     | st.booleans()
     | st.integers()
+    | st.sampled_from([10**400, -(10**400), 2**63, 10**18])
     | st.floats()
     | st.text(max_size=8)
     | st.sampled_from(["before", "ticketkit", "sparse", "conv2d", 0, 1.5]),

@@ -7,8 +7,10 @@ import sys
 import zipfile
 from pathlib import Path
 
+import psutil
 import pytest
 from boards import program
+from test_bench import eventually
 
 from ticketkit.bench.devices import _facts, _runner
 from ticketkit.errors import DeviceError
@@ -42,15 +44,39 @@ def test_runners_of_a_folder(tmp_path, monkeypatch):
 
 def test_a_package_without_sources_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.delenv("TICKETKIT_RUNNER", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("ANDROID_NDK", str(tmp_path))
     monkeypatch.setattr(_runner, "ROOT", tmp_path)
-    with pytest.raises(DeviceError, match=r"no runner for aarch64-linux: expected --runner DIR or \$TICKETKIT_RUNNER, .*`cmake --preset P"):
-        _runner.programs("aarch64-linux", WHOLE, None)
+    monkeypatch.chdir(tmp_path)
+    why = r"the installed package has none: run this in a checkout \(where kernels/ is\), or give built ones with --runner DIR"
+    with pytest.raises(DeviceError, match=rf"no runner for aarch64-android, ticketkit-network, libticketkit\.so: .*{why}"):
+        _runner.programs("aarch64-android", WHOLE, None)
+    assert re.search(f"no: .*{why}", _runner.buildable()["aarch64-android, models"])
+    (tmp_path / "checkout" / "kernels" / "device").mkdir(parents=True)
+    (tmp_path / "checkout" / "kernels" / "CMakePresets.json").touch()
+    monkeypatch.chdir(tmp_path / "checkout")
+    built = []
+    monkeypatch.setattr(_runner, "build", lambda preset, names, sources, to: built.append(sources))
+    with pytest.raises(DeviceError, match="there is no ticketkit-network"):  # this build makes nothing
+        _runner.programs("aarch64-android", WHOLE, None)
+    assert built == [tmp_path / "checkout" / "kernels"]
+    assert _runner.buildable()["aarch64-android, models"] == f"built by the preset android-arm64 from {built[0]}"
+
+
+def test_a_build_that_takes_too_long_ends_with_its_compilers(tmp_path, monkeypatch):
+    monkeypatch.setattr(_runner, "BUILD_SECONDS", 1.0)
+    compiler = tmp_path / "pid"
+    with (tmp_path / "log").open("w") as log, pytest.raises(subprocess.TimeoutExpired):
+        _runner._bounded(["sh", "-c", f"sleep 60 & echo $! >{compiler}; wait"], tmp_path, log.fileno())
+    pid = int(compiler.read_text())
+    assert eventually(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, 10)
 
 
 def test_runners_are_built_once_for_each_state_of_the_sources(tmp_path, monkeypatch):
     """cmake is a script here; the real build is a step of .ci/run."""
     source, cache, tools = tmp_path / "kernels", tmp_path / "cache", tmp_path / "tools"
     (source / "device").mkdir(parents=True)
+    (source / "CMakePresets.json").touch()
     (source / "a.cc").write_text("int a;")
     tools.mkdir()
     elf(tmp_path / "made")

@@ -1,6 +1,7 @@
 """Names of devices, what `adb` and `ssh` answer, and what a device is."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,13 @@ def test_the_folder_is_the_registry():
 )
 def test_hosts(name, end):
     assert devices.open_device(name).client("true")[:-1][-len(end) :] == end
+
+
+@pytest.mark.parametrize("folder", ["a b", "a%h"])
+def test_no_shared_connection_where_ssh_would_read_its_name_as_another(folder, monkeypatch, tmp_path):
+    (tmp_path / folder).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / folder))
+    assert "Control" not in " ".join(devices.open_device("ssh:board").client("true"))
 
 
 HOSTILE = (

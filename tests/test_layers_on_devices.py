@@ -1,5 +1,6 @@
 """`bench --device … --layers`: rows, partial rows, and answers that are not believed."""
 
+import dataclasses
 import json
 import os
 from importlib import import_module
@@ -35,8 +36,8 @@ def board(tmp_path, monkeypatch, model):
     return made
 
 
-def measure(model, name="ssh:board", **settings):
-    return _layers.measure(_run.Target(name), model, protocol=PROTOCOL, **settings)
+def measure(model, name="ssh:board", cpus=None, **settings):
+    return _layers.measure(_run.Target(name, cpus), model, protocol=PROTOCOL, **settings)
 
 
 def test_rows_of_layers(board, model):
@@ -50,6 +51,22 @@ def test_rows_of_layers(board, model):
     assert board.left() == []
 
 
+def test_layers_below_a_tick_of_the_clock(board, model, capsys):
+    board.do("coarse")
+    report = measure(model, cpus="0")
+    assert {(row.p50_ms, row.gflops, row.speedup) for row in report.rows} == {(0, None, None)}
+    on.bench(on.Target("ssh:board"), model, protocol=PROTOCOL, layers=True)
+    assert "all sparse layers" not in capsys.readouterr().out
+
+
+def test_one_processor_is_used_and_named(board, model):
+    two = sorted(os.sched_getaffinity(0))[:2]
+    report = measure(model, cpus=",".join(map(str, two)))
+    assert {tuple(row.device["cpus"]) for row in report.rows} == {(two[-1],)}
+    assert f"--cpu\n{two[-1]}\n" in "\n".join(board.calls())
+    assert f"pinned to cpu {two[-1]}" in report.notes
+
+
 def test_a_killed_run_keeps_its_layers(board, model, capsys, tmp_path):
     board.do("killed")
     with pytest.raises(TicketkitError, match=r"cut off: signal 9.*the rows are of the layers before that"):
@@ -57,6 +74,26 @@ def test_a_killed_run_keeps_its_layers(board, model, capsys, tmp_path):
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 3
     assert "broken off: not all layers" in capsys.readouterr().out
     assert board.left() == []
+
+
+def test_sums_are_of_engines_that_have_all_sparse_layers(board, model, capsys):
+    """The faster dense engine lacks a layer: it has no sum, and the ratio is against the other."""
+    report = measure(model)
+    rows = [row for row in report.rows if (row.engine, row.layer) != ("xnnpack-dense", "conv1")]
+    print_table(dataclasses.replace(report, rows=rows))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("all sparse layers")]
+    assert line.split()[3:] == ["6.25", "21.2", "-", "3.40"]
+
+
+def test_names_of_layers_are_text_and_no_more(board, model, capsys):
+    report = measure(model)
+    print_table(dataclasses.replace(report, rows=[dataclasses.replace(row, layer="[/x]\x1b[2J", format="[/y]") for row in report.rows]))
+    printed = capsys.readouterr().out
+    assert "[/x]?[2J" in printed and "[/y]" in printed and "\x1b[2J" not in printed
+
+
+def print_table(report):
+    on.table.publish(lambda: on._layers_table(report), [], None, {})
 
 
 def test_a_wrong_layer_has_no_speed(board, model):
@@ -125,6 +162,18 @@ def test_emulated_layers_have_instructions_and_no_times(tmp_path, capsys):
         assert row.instructions > row.multiply_adds / 4
         assert not [name for name in json.loads(row.to_json()) if name.endswith("_ms")]
     on.bench(target, model, ["sparse"], protocol=PROTOCOL, layers=True)
+    assert "no times" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not has_layers(ARM) or not qemu.available()[0], reason="no $TICKETKIT_RUNNER_AARCH64 or no qemu-aarch64-static")
+def test_emulated_models_are_right(tmp_path, capsys):
+    model = tmp_path / "net.onnx"
+    onnx.save(conv_net(0.95, channels=24, batch=1), model)
+    on.bench(on.Target("qemu", runner=ARM), model, protocol=timing.Protocol(timeout=60), json_to=str(tmp_path / "rows.jsonl"))
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [(row["engine"], row["instructions"]) for row in rows] == [("onnxruntime", None), ("ticketkit", None)]
+    assert all(row["max_abs_diff"] < 1e-4 * row["max_abs_output"] for row in rows) and rows[1]["sparse_layers"] > 0
+    assert rows[1]["isa"] == "neon" and not [name for name in rows[1] if name.endswith("_ms")]
     assert "no times" in capsys.readouterr().out
 
 

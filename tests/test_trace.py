@@ -76,6 +76,14 @@ def test_counts_that_fit_no_event_are_not_told(program, directory):
         _trace.follow([str(program), "more"], directory, 60, lambda event, since: None)
 
 
+def test_a_directory_that_cannot_be_filled_does_not_stay(monkeypatch, tmp_path):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(qemu, "sysroot", lambda: tmp_path / "none")
+    with pytest.raises(DeviceError, match="cannot be filled: No such file or directory"):
+        qemu.Qemu("qemu").reserve()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_program_that_cannot_start_is_no_hang(directory):
     with pytest.raises(DeviceError, match="the run was cut off: exit code"):
         _trace.follow(["/no/such/program"], directory, 60, lambda event, since: None)

@@ -33,6 +33,11 @@ class DeviceError(TicketkitError):
     """A phone or board cannot be reached or used, ran out of space, went away, or sent what cannot be believed."""
 
 
+def printable(text: str) -> str:
+    """Foreign text fit for a terminal: a question mark for each control character."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
 def first_line(error: Exception) -> str:
     """The first line of what somebody else's error says, its class where it says nothing."""
     text = str(error).strip() or type(error).__name__

@@ -8,7 +8,6 @@ from math import nan
 from pathlib import Path
 
 from rich.console import Group, RenderableType
-from rich.text import Text
 
 from ticketkit.bench import table, timing
 from ticketkit.bench.devices import _emulate, _layers, _run, open_device
@@ -56,11 +55,11 @@ def bench(
         else:
             report = _run.measure(target, path, chosen or _run.ENGINES, threads, batch, asked, progress)
     if layers:
-        table.publish(_layers_table(by_layer), by_layer.rows, json_to, {})
+        table.publish(lambda: _layers_table(by_layer), by_layer.rows, json_to, {})
         _raise(by_layer.failures, by_layer.stopped, by_layer.interrupted, bool(by_layer.rows))
     elif emulated:
-        table.publish(_emulated_table(emulation), emulation.rows, json_to, {})
-        _raise(emulation.failures, None, False, bool(emulation.rows))
+        table.publish(lambda: _emulated_table(emulation), emulation.rows, json_to, {})
+        _raise(emulation.failures, emulation.stopped, emulation.interrupted, bool(emulation.rows))
     else:
         table.conclude(report, json_to, {}, required=chosen or _run.ENGINES)
 
@@ -83,7 +82,8 @@ def _emulated_table(report: _emulate.Report) -> RenderableType:
         fewer = f"{dense / row.instructions:.2f}" if dense and row.instructions else "-"
         count = f"{row.instructions:,}" if row.instructions else "-"
         zeros = "multiplied" if row.multiplies_zeros else "skipped"
-        grid.add_row(row.engine, row.engine_version, zeros, f"{row.max_abs_diff:.1e}", f"{row.file_bytes / 1e6:.3g}", count, fewer)
+        costs = (f"{row.max_abs_diff:.1e}", f"{row.file_bytes / 1e6:.3g}", count, fewer)
+        grid.add_row(table.plain(row.engine), table.plain(row.engine_version), zeros, *costs)
     notes = [SIMULATED]
     if report.rows:
         row = report.rows[0]
@@ -91,7 +91,10 @@ def _emulated_table(report: _emulate.Report) -> RenderableType:
         notes += [f"max |diff|: against dense onnxruntime on this machine, whose largest output is {row.max_abs_output:.3g}", isas]
         if dense is None:
             notes.append("--instructions counts them, which takes minutes")
-    return Group(Text(f"{report.model}: 64-bit ARM under emulation", style="bold"), grid, "", *map(Text, filter(None, notes)))
+    if report.interrupted or report.stopped:
+        notes.append("interrupted: not all counts" if report.interrupted else "broken off: not all counts")
+    notes += report.notes
+    return Group(table.plain(f"{report.model}: 64-bit ARM under emulation", "bold"), grid, "", *map(table.plain, filter(None, notes)))
 
 
 def _layers_table(report: _layers.Report) -> RenderableType:
@@ -108,16 +111,16 @@ def _layers_table(report: _layers.Report) -> RenderableType:
         for engine in engines:
             value = values[engine] = _value(by_engine.get(engine))
             cells.append(_cell(value, report.emulated))
-            if "sparse" in by_engine and value > 0:
-                totals[engine] += value
+            if "sparse" in by_engine:  # without one of them, NaN: there is no sum
+                totals[engine] += value if value > 0 else nan
         dense = min((values[engine] for engine in _layers.DENSE if values.get(engine, nan) > 0), default=nan)
         ours = values.get("sparse", nan)
         sparse = by_engine.get("sparse")
         zeros = f"{1 - any_row.nnz / max(any_row.weights, 1):.0%}"
         ratio = f"{dense / ours:.2f}" if dense > 0 and ours > 0 else "-"
-        grid.add_row(name[-40:], _shape(any_row), zeros, sparse.format if sparse else "dense", *cells, ratio)
-    if totals.get("sparse"):
-        best = min((totals[engine] for engine in _layers.DENSE if totals.get(engine)), default=nan)
+        grid.add_row(table.plain(name[-40:]), _shape(any_row), zeros, table.plain(sparse.format[:20] if sparse else "dense"), *cells, ratio)
+    if totals.get("sparse", nan) > 0:
+        best = min((totals[engine] for engine in _layers.DENSE if totals.get(engine, nan) > 0), default=nan)
         ratio = f"{best / totals['sparse']:.2f}" if best > 0 else "-"
         grid.add_row("all sparse layers", "", "", "", *(_cell(totals[engine], report.emulated) for engine in engines), ratio)
     timed = "medians in ms; × dense: the faster dense engine of that layer over sparse"
@@ -127,7 +130,7 @@ def _layers_table(report: _layers.Report) -> RenderableType:
     notes.append("shape: channels x height x width -> channels, kernel / stride; every result agreed with double precision")
     if report.interrupted or report.stopped:
         notes.append("interrupted: not all layers" if report.interrupted else "broken off: not all layers")
-    return Group(Text(f"{report.model}: layer by layer, one thread", style="bold"), grid, "", *map(Text, notes + report.notes))
+    return Group(table.plain(f"{report.model}: layer by layer, one thread", "bold"), grid, "", *map(table.plain, notes + report.notes))
 
 
 def _value(row: _layers.LayerRow | None) -> float:

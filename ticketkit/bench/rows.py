@@ -65,16 +65,18 @@ def statistics(times: Sequence[float]) -> dict[str, float]:
 def ratios(times: dict[str, list[list[float]]], dense: Sequence[str]) -> tuple[str | None, dict[str, tuple[float, float]]]:
     """(fastest dense engine, {engine: (ratio of medians, median of the rounds' ratios)}), above 1 = faster than that engine.
 
-    `times[engine][round]` are run times; `dense` names the engines that multiply zeros. (None, {}) when none of those was timed.
+    `times[engine][round]` are run times; `dense` names the engines that multiply zeros. (None, {}) when none of those was timed. An engine
+    whose median is 0, shorter than a tick of the clock, has no ratio and is no baseline.
     """
     medians = {name: float(np.median(np.concatenate(rounds))) for name, rounds in times.items()}
-    timed = [name for name in dense if name in medians]
+    timed = [name for name in dense if medians.get(name, 0) > 0]
     if not timed:
         return None, {}
     baseline = min(timed, key=medians.__getitem__)
     found = {}
     for name, rounds in times.items():
         together = zip(times[baseline], rounds, strict=False)  # an interrupted run has a round that not all engines finished
-        per_round = [np.median(b) / np.median(t) for b, t in together]
-        found[name] = (medians[baseline] / medians[name], float(np.median(per_round)))
+        per_round = [np.median(b) / np.median(t) for b, t in together if np.median(t) > 0]
+        if medians[name] > 0 and per_round:
+            found[name] = (medians[baseline] / medians[name], float(np.median(per_round)))
     return baseline, found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from statistics import median
 from typing import Protocol
@@ -16,7 +16,7 @@ from rich.text import Text
 from ticketkit.bench import timing
 from ticketkit.bench.rows import Row
 from ticketkit.bench.subject import Subject
-from ticketkit.errors import TicketkitError
+from ticketkit.errors import TicketkitError, printable
 from ticketkit.planner import Plan
 
 
@@ -35,9 +35,14 @@ def render(report: timing.Report) -> RenderableType:
     costs = grid("engine", "version", "zeros", "max |diff|", "file MB", "load s", "RSS MB")
     for row in report.rows:
         style = None if row.multiplies_zeros else "bold"
-        times.add_row(row.engine, *_times(row), style=style)
-        costs.add_row(row.engine, row.engine_version, *_costs(row), style=style)
-    return Group(Text(_title(report), style="bold"), times, "", costs, "", *map(Text, _notes(report)))
+        times.add_row(plain(row.engine), *_times(row), style=style)
+        costs.add_row(plain(row.engine), plain(row.engine_version), *_costs(row), style=style)
+    return Group(plain(_title(report), style="bold"), times, "", costs, "", *map(plain, _notes(report)))
+
+
+def plain(text: str, style: str = "") -> Text:
+    """Text that may be a stranger's: no markup, and no control character reaches the terminal."""
+    return Text(printable(text), style=style)
 
 
 def distribution(plan: Plan) -> str:
@@ -76,13 +81,13 @@ def check_writable(json_to: str | None) -> None:
 
 
 def conclude(report: timing.Report, json_to: str | None, unusable: dict[str, str], required: Collection[str]) -> None:
-    """Print the table, and the rows as JSON lines to stdout ("-": the table moves to stderr) or to the end of a file.
+    """Write the rows as JSON lines to stdout ("-": the table moves to stderr) or to the end of a file, and print the table.
 
     Then raise what went wrong: KeyboardInterrupt after a Ctrl-C, TicketkitError if a `required` engine failed or nothing at all
     was measured. Failures of other engines, and the `unusable` ones with their reasons, are printed only.
     """
     optional = {name: why for name, why in report.failures.items() if name not in required}
-    publish(render(report), report.rows, json_to, unusable | optional)
+    publish(lambda: render(report), report.rows, json_to, unusable | optional)
     if report.interrupted:
         raise KeyboardInterrupt
     fatal = ([report.stopped] if report.stopped else []) + [why for name, why in report.failures.items() if name in required]
@@ -90,18 +95,19 @@ def conclude(report: timing.Report, json_to: str | None, unusable: dict[str, str
         raise TicketkitError("; ".join(fatal) or "no engine was timed; `ticketkit doctor` tells which work here and why")
 
 
-def publish(what: RenderableType, rows: Sequence[Rowlike], json_to: str | None, not_used: dict[str, str]) -> None:
-    """Print a table and what was not used and why; write the rows as `conclude` says."""
-    console = Console(stderr=json_to == "-")
-    console.print(what)
-    for name, why in not_used.items():
-        console.print(f"not used: {name}: {why}", highlight=False, markup=False)
+def publish(what: Callable[[], RenderableType], rows: Sequence[Rowlike], json_to: str | None, not_used: dict[str, str]) -> None:
+    """Write the rows as `conclude` says, then print the table that `what` makes, and what was not used and why."""
     lines = "".join(row.to_json() + "\n" for row in rows)
     if json_to == "-":
         sys.stdout.write(lines)
+        sys.stdout.flush()
     elif json_to:
         with open(json_to, "a", encoding="utf-8") as file:
             file.write(lines)
+    console = Console(stderr=json_to == "-")
+    console.print(what())
+    for name, why in not_used.items():
+        console.print(printable(f"not used: {name}: {why}"), highlight=False, markup=False)
 
 
 def _title(report: timing.Report) -> str:

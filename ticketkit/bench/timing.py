@@ -30,6 +30,7 @@ from ticketkit.errors import DataError, TicketkitError
 # float32 engines add in different orders, so they differ; half of the digits of a float32 is more than that can explain
 AGREE = math.sqrt(np.finfo(np.float32).eps)
 REFERENCE = "onnxruntime"
+MOST, LONGEST = 100_000, 1_000_000  # rounds or runs; seconds
 
 Progress = Callable[[int, int, str], None]  # (steps done, steps in all, what happens now)
 
@@ -46,8 +47,10 @@ class Protocol:
     timeout: float = 300.0
 
     def __post_init__(self) -> None:
-        if self.rounds < 1 or self.least < 1 or self.settle < 0 or min(self.seconds, self.warmup, self.timeout) < 0:
-            raise DataError(f"bench: expected at least 1 round, 1 run and no negative times, got {self}")
+        if not (1 <= self.rounds <= MOST and 1 <= self.least <= MOST and 0 <= self.settle <= MOST):
+            raise DataError(f"bench: expected 1 to {MOST:,} rounds and runs, got {self}")
+        if not all(0 <= seconds <= LONGEST for seconds in (self.seconds, self.warmup, self.timeout)):  # NaN too
+            raise DataError(f"bench: expected times from 0 to {LONGEST:,} s, got {self}")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Protocol, cast
 
-from ticketkit.errors import DeviceError
+from ticketkit.errors import DeviceError, printable
 
 if TYPE_CHECKING:
     from ticketkit.bench.devices._facts import Facts
@@ -106,5 +106,5 @@ def open_device(text: str) -> Device:
 
 def shown(text: str, limit: int = 200) -> str:
     """Foreign text, fit to be printed: on one line, shortened, without control characters."""
-    clean = "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))
+    clean = printable(" ".join(text.split()))
     return repr(clean if len(clean) <= limit else clean[:limit] + "…")

@@ -19,7 +19,7 @@ from ticketkit.bench.devices import shown
 from ticketkit.errors import DeviceError
 
 ANSWER = 1 << 20  # bytes: what a short question may be answered with
-LINE = 1 << 20  # bytes of one line of a run
+LINE = 1 << 22  # bytes of one line of a run: the longest is a turn of `_events.MOST_RUNS` times, of at most 16 bytes each
 NOISE = 1 << 26  # bytes of a run between two lines that make sense
 PIECE = 1 << 16
 
@@ -84,7 +84,7 @@ class Stream:
         self.silence = silence
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the client)
         self._child = _start(words, subprocess.PIPE, self._errors)
-        self._lines: queue.Queue[bytes | None] = queue.Queue(maxsize=256)
+        self._lines: queue.Queue[bytes | None] = queue.Queue(maxsize=16)
         self._closed = threading.Event()
         self._heard, self._noise = time.monotonic(), 0
         threading.Thread(target=self._listen, daemon=True).start()

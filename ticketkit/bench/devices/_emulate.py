@@ -55,11 +55,14 @@ class EmulatedRow:
 
 @dataclass(frozen=True)
 class Report:
-    """Rows of the engines that were right, and why the others were not."""
+    """Rows of the engines that were right, and why the others were not; `interrupted`, `notes`, `stopped` as in `timing.Report`."""
 
     model: str
     rows: list[EmulatedRow]
     failures: dict[str, str]
+    interrupted: bool
+    notes: list[str]
+    stopped: str | None
 
 
 def measure(
@@ -74,7 +77,8 @@ def measure(
 ) -> Report:
     """Run the ONNX file at `path` in every engine under emulation and compare with this machine; count `instructions` if asked to: minutes.
 
-    Raises DeviceError where emulator, runner or libraries cannot be used, ModelError or DataError where the model cannot.
+    A count that breaks off leaves the rows of what was compared, with the counts so far. Raises DeviceError where emulator, runner or
+    libraries cannot be used, ModelError or DataError where the model cannot.
     """
     started, steps = datetime.now(timezone.utc).isoformat(timespec="seconds"), 0
 
@@ -85,12 +89,22 @@ def measure(
 
     with tempfile.TemporaryDirectory(prefix="ticketkit-device-") as scratch:
         load = _run.prepare(target, path, names, threads, batch, Path(scratch), say)
-        with workplace(load.device, load.files, say) as directory:
-            differences, heard = _run.check(load, directory, threads, timing.Protocol(timeout=timeout), Path(scratch), say)
-            counts: dict[str, int] = {}
-            for name in differences if instructions else ():
-                say(f"counting the instructions of {name}")
-                counts[name] = _count(load, directory, threads, name)
+        differences, counts, notes = dict[str, float](), dict[str, int](), list[str]()
+        heard, stopped, interrupted = _run.Heard(names), None, False
+        try:
+            with workplace(load.device, load.files, say, notes) as directory:
+                differences, heard = _run.check(load, directory, threads, timing.Protocol(timeout=timeout), Path(scratch), say)
+                for name in differences if instructions else ():
+                    say(f"counting the instructions of {name}")
+                    counts[name] = _count(load, directory, threads, name)
+        except DeviceError as error:
+            if not differences:
+                raise
+            stopped = f"{error}; the rows have the counts before that"
+        except KeyboardInterrupt:
+            if not differences:
+                raise
+            interrupted = True
         plan, subject = load.subject.plan, load.subject
         found = [
             EmulatedRow(
@@ -119,7 +133,7 @@ def measure(
             )
             for name, difference in differences.items()
         ]
-        return Report(subject.path.name, found, heard.failures)
+        return Report(subject.path.name, found, heard.failures, interrupted, notes, stopped)
 
 
 def _count(load: _run.Load, directory: str, threads: int, name: str) -> int:

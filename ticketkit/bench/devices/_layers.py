@@ -74,7 +74,7 @@ class TimedLayerRow(LayerRow):
     mean_ms: float
     std_ms: float
     rounds_p50_ms: list[float]
-    gflops: float
+    gflops: float | None  # None where the median is 0, shorter than a tick of the clock, as are the two below
     baseline: str | None  # the faster dense engine of this layer, by median
     speedup: float | None  # baseline's median / this median
 
@@ -182,15 +182,15 @@ def measure(
     if instructions and not device.emulated:
         raise DeviceError(f"--instructions: expected --device qemu, {device.label} is no emulator")
     facts = device.describe()
-    cpus = facts.choose(target.cpus)
+    cpus = facts.choose(target.cpus)[-1:]  # the one that the thread runs on
     program = _runner.programs(facts.abi, [_runner.LAYERS], target.runner, lambda what: progress(0, 1, what))[_runner.LAYERS]
     with tempfile.TemporaryDirectory(prefix="ticketkit-device-") as scratch:
         file = Path(scratch) / "layers.bundle"
         try:
             known = bundle.write(path, file)
         except ModelError as error:
-            raise ModelError(f"{path.name}: {error}") from None
-        heard, stopped, interrupted = Heard(frozenset(known)), None, False
+            raise ModelError(str(error) if str(error).startswith(str(path)) else f"{path.name}: {error}") from None
+        heard, stopped, interrupted, left = Heard(frozenset(known)), None, False, list[str]()
 
         def take(event: Event) -> None:
             heard.take(event)
@@ -199,7 +199,7 @@ def measure(
 
         try:
             files = [File(program, _runner.LAYERS, True), File(file, file.name)]
-            with workplace(device, files, lambda what: progress(0, len(known), what)) as directory:
+            with workplace(device, files, lambda what: progress(0, len(known), what), left) as directory:
                 words = [f"{directory}/{_runner.LAYERS}", f"{directory}/{file.name}", *_options(names, cpus)]
                 if device.emulated:
                     follow(device, [*words, "--check-only"], directory, asked.timeout + SLACK, take)
@@ -223,7 +223,7 @@ def measure(
         row for layer in heard.layers.values() for row in _rows(layer, path.name, digest, heard, facts, about, started, device.emulated)
     ]
     notes = _run.notes(facts, device.label, cpus, heard.kernel, heard.states, [])
-    return Report(path.name, found, heard.failures, interrupted, notes, stopped, device.emulated)
+    return Report(path.name, found, heard.failures, interrupted, notes + left, stopped, device.emulated)
 
 
 def _count(words: Sequence[str], directory: str, heard: Heard, progress: timing.Progress) -> None:
@@ -243,7 +243,7 @@ def _count(words: Sequence[str], directory: str, heard: Heard, progress: timing.
 
 def _options(names: Sequence[str], cpus: Sequence[int]) -> list[str]:
     chosen = ["--engines", ",".join(dict.fromkeys(names))] if names else []
-    return [*chosen, *(["--cpu", ranges(cpus[-1:])] if cpus else [])]
+    return [*chosen, *(["--cpu", ranges(cpus)] if cpus else [])]
 
 
 def _rows(
@@ -251,7 +251,7 @@ def _rows(
 ) -> list[LayerRow]:
     said, found = layer.facts, list[LayerRow]()
     medians = {name: float(np.median([t for each in times for t in each])) for name, times in layer.times.items()}
-    baseline = min((name for name in DENSE if name in medians), key=medians.__getitem__, default=None)
+    baseline = min((name for name in DENSE if medians.get(name, 0) > 0), key=medians.__getitem__, default=None)
     for engine, check in layer.checked.items():
         shared = {
             "engine": engine,
@@ -262,7 +262,7 @@ def _rows(
             "isa": heard.isa if engine in ("sparse", "dense") else "own choice",
             "cpu": facts.model or facts.machine,
             **{key: check[key] for key in ("max_abs_diff", "max_abs_output", "tolerance")},
-            "device": about,
+            "device": {**about, "complete": about["complete"] and f"{said['layer']} in {engine}" not in heard.failures},
             "ticketkit": __version__,
             "commit": machine.commit(),
             "timestamp": started,
@@ -271,13 +271,13 @@ def _rows(
             found.append(EmulatedLayerRow(**shared, instructions=layer.instructions.get(engine)))
         elif engine in layer.times:
             times = layer.times[engine]
-            own = {
+            own: dict[str, Any] = {
                 "n": sum(map(len, times)),
                 **rows.statistics([t for each in times for t in each]),
                 "rounds_p50_ms": [round(float(np.median(each)), 6) for each in times],
-                "gflops": 2 * said["multiply_adds"] / medians[engine] / 1e6,
+                "gflops": 2 * said["multiply_adds"] / medians[engine] / 1e6 if medians[engine] > 0 else None,
                 "baseline": baseline,
-                "speedup": None if baseline is None else medians[baseline] / medians[engine],
+                "speedup": medians[baseline] / medians[engine] if baseline is not None and medians[engine] > 0 else None,
             }
             found.append(TimedLayerRow(**shared, **own))
     return found

@@ -54,7 +54,8 @@ class DeviceRow(rows.Row):
     """A row of a device: that of `bench`, and where it was measured.
 
     `device` has kind, model, abi, kernel; clusters (name, cpus, max_khz, core); cpus, the processors used ([]: not pinned);
-    temperatures (degrees Celsius by zone) and khz (by processor) before and after; throttled; complete (False: the run was cut off).
+    temperatures (degrees Celsius by zone) and khz (by processor) before and after; throttled; complete (False: the run, or this engine's
+    part of it, was cut off).
     `cpu` is the device's, `commit` that of this machine's ticketkit.
     """
 
@@ -157,9 +158,9 @@ def measure(
         if load.device.emulated:
             raise DeviceError(f"{load.device.label}: an emulator has no times; `_emulate.measure` is for that")
         heard, stopped, interrupted = Heard(names), None, False
-        differences: dict[str, float] = {}
+        differences, left = dict[str, float](), list[str]()
         try:
-            with workplace(load.device, load.files, say) as directory:
+            with workplace(load.device, load.files, say, left) as directory:
                 differences, checked = check(load, directory, threads, asked, Path(scratch), say)
                 heard = Heard([name for name in names if name in differences], failures=checked.failures)
                 if heard.names:
@@ -180,9 +181,10 @@ def measure(
                 raise
             interrupted = True
         complete = stopped is None and not interrupted
-        found = [_row(load, heard, name, differences[name], threads, started, complete) for name in heard.times]
+        whole = {name: complete and name not in heard.failures for name in heard.times}
+        found = [_row(load, heard, name, differences[name], threads, started, whole[name]) for name in heard.times]
         said = notes(load.facts, load.device.label, load.cpus, heard.kernel, heard.states, slowing(heard.times))
-        return timing.Report(load.subject, _with_ratios(found, heard), heard.failures, interrupted, said, stopped)
+        return timing.Report(load.subject, _with_ratios(found, heard), heard.failures, interrupted, said + left, stopped)
 
 
 def prepare(target: Target, path: Path, names: Sequence[str], threads: int, batch: int, scratch: Path, say: Any) -> Load:

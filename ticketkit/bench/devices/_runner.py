@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 import importlib.util
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,7 +30,7 @@ from ticketkit.runtime import native
 MACHINES = {"aarch64": 183, "x86_64": 62}  # e_machine of an ELF file
 NETWORK, LAYERS, OPERATORS = "ticketkit-network", "ticketkit-layers", "libticketkit.so"
 WHEELS = ("manylinux_2_28", "manylinux_2_27", "manylinux2014")
-BUILD_SECONDS, FETCH_SECONDS = 1800, 600
+BUILD_SECONDS, FETCH_SECONDS = 1800.0, 600.0
 Say = Callable[[str], None]
 
 
@@ -62,7 +62,9 @@ def onnxruntime(abi: str, given: Path | None, say: Say = lambda what: None) -> P
             "--onnxruntime: expected the path of libonnxruntime.so for Android; it is jni/arm64-v8a/libonnxruntime.so in the archive "
             "onnxruntime-android-VERSION.aar (a zip file) of Maven Central"
         )
-    version = importlib.metadata.version("onnxruntime")
+    import onnxruntime as installed
+
+    version = installed.__version__  # not the distribution's, which may have another name
     if _here(abi):
         spec = importlib.util.find_spec("onnxruntime")
         folder = Path(spec.origin or "").parent / "capi" if spec else Path()
@@ -83,11 +85,10 @@ def build(preset: str, names: Sequence[str], sources: Path, to: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="ticketkit-build-") as scratch:
         tree, made = Path(scratch) / "build", Path(scratch) / "made"
         generator = ["-G", "Ninja"] if _tool("ninja") else ["-G", "Unix Makefiles"]
-        more = ["-DTICKETKIT_XNNPACK=auto"] if preset == "device" else []
         log = _cache() / "runner" / f"{preset}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as output:
-            _step(["cmake", "--preset", preset, *generator, *more, "-S", str(sources), "-B", str(tree)], sources, log, output.fileno())
+            _step(["cmake", "--preset", preset, *generator, "-S", str(sources), "-B", str(tree)], sources, log, output.fileno())
             targets = [name.removeprefix("lib").removesuffix(".so") for name in names]
             jobs = str(max(1, (os.cpu_count() or 1) // 2))
             _step(["cmake", "--build", str(tree), "-j", jobs, "--target", *targets], sources, log, output.fileno())
@@ -129,16 +130,36 @@ def preset(abi: str, names: Sequence[str]) -> str:
     raise DeviceError(f"no runner for {abi}: it can only be built on such a machine; build it there and give it with --runner DIR")
 
 
+def _sources() -> Path:
+    """`kernels/` of the checkout that runs, or of the one that is the current directory; DeviceError where there is none."""
+    for folder in (ROOT / "kernels", Path.cwd() / "kernels"):
+        if (folder / "CMakePresets.json").is_file() and (folder / "device").is_dir():
+            return folder
+    raise DeviceError(
+        "runners are built from ticketkit's sources, and the installed package has none: run this in a checkout (where kernels/ is), or "
+        "give built ones with --runner DIR or $TICKETKIT_RUNNER"
+    )
+
+
 def buildable() -> dict[str, str]:
     """{"ABI, what is measured": how its runner would be built here, or what is missing}, for `ticketkit doctor`."""
     found = {}
     for abi in ABIS:
         for what, names in (("models", (NETWORK, OPERATORS)), ("layers", (LAYERS,))):
             try:
-                found[f"{abi}, {what}"] = f"built by the preset {preset(abi, names)}"
+                found[f"{abi}, {what}"] = _ready(abi, names)
             except DeviceError as error:
                 found[f"{abi}, {what}"] = f"no: {error}"
     return found
+
+
+def _ready(abi: str, names: Sequence[str]) -> str:
+    if _here(abi):
+        with suppress(DeviceError, KernelError):
+            _in(native.library_path().parent, abi, names)
+            return "in the package"
+    chosen = preset(abi, names)
+    return f"built by the preset {chosen} from {_sources()}"
 
 
 def _here(abi: str) -> bool:
@@ -147,13 +168,11 @@ def _here(abi: str) -> bool:
 
 def _built(abi: str, names: Sequence[str], say: Say) -> Path:
     """The folder of the cache with these files for these sources, built if need be."""
-    sources = ROOT / "kernels"
-    if not (sources / "device").is_dir():
-        raise DeviceError(
-            f"no runner for {abi}: expected --runner DIR or $TICKETKIT_RUNNER, a folder with {', '.join(names)}; in ticketkit's "
-            "sources, in kernels/, `cmake --preset P && cmake --build --preset P` makes them, with P one of `cmake --list-presets`"
-        )
     chosen = preset(abi, names)
+    try:
+        sources = _sources()
+    except DeviceError as error:
+        raise DeviceError(f"no runner for {abi}, {', '.join(names)}: {error}") from None
     kept = _cache() / "runner" / f"{chosen}-{'layers' if LAYERS in names else 'network'}-{_digest(sources)}"
     if not kept.is_dir():
         say(f"building {', '.join(names)} for {abi}")
@@ -239,20 +258,32 @@ def _step(words: Sequence[str], folder: Path, log: Path, output: int) -> None:
     if not program:
         raise DeviceError(f"no {words[0]} on the PATH; pip install 'ticketkit[device]' has it")
     try:
-        done = subprocess.run(
-            [program, *words[1:]],
-            cwd=folder,
-            env={**os.environ, "TICKETKIT_PYTHON": sys.executable},  # whose ziglang the presets use
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            check=False,
-            timeout=BUILD_SECONDS,
-        )
+        code = _bounded([program, *words[1:]], folder, output)
     except subprocess.TimeoutExpired:
-        raise DeviceError(f"building the runners took more than {BUILD_SECONDS} s and was stopped; see {log}") from None
-    if done.returncode:
+        raise DeviceError(f"building the runners took more than {BUILD_SECONDS:g} s and was stopped; see {log}") from None
+    if code:
         lines = [line for line in log.read_text(errors="replace").splitlines() if "rror" in line] or ["no reason given"]
         raise DeviceError(f"building the runners failed: {shown(lines[0])}; see {log}")
+
+
+def _bounded(words: Sequence[str], folder: Path, output: int) -> int:
+    """The exit code of a program. After BUILD_SECONDS, or a Ctrl-C, it is ended with all that it has started, compilers too."""
+    child = subprocess.Popen(
+        words,
+        cwd=folder,
+        env={**os.environ, "TICKETKIT_PYTHON": sys.executable},  # whose ziglang the presets use
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        return child.wait(BUILD_SECONDS)
+    except BaseException:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        raise
 
 
 def _tool(name: str) -> str | None:

@@ -27,6 +27,16 @@ GREETING = 1 << 16  # bytes that a device may print before it gives a file
 OURS = re.compile(r"/(?:[\w.@+-]+/)*ticketkit\.\w{6,}")  # the directories that we make, and the only ones we remove
 FULL = ("no space left", "disk quota", "not enough space", "disk full")
 
+# A folder with another name than those, or none at all, is not for us to quote, print and remove: then /tmp.
+RESERVE = """\
+t=TEMPORARY
+t=${t%/}
+case $t in
+  [!/]* | *//* | *[!ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.@+/-]*) t=/tmp ;;
+esac
+d=$(umask 077; mktemp -d "$t/ticketkit.XXXXXXXX" 2>&1) && say made "$d" || say failed "$d"
+"""
+
 # Ends what the watched program has started: the processes of its session where the shell leads one (as under sshd and adbd), else the
 # program alone, which ends its own children.
 WATCHED = """\
@@ -58,7 +68,7 @@ class ShellDevice:
     """Implements `Device`; a kind gives the words of its client, and says what its failures mean."""
 
     emulated = False
-    temporary = '"${TMPDIR:-/tmp}"'  # where our directory is made, as the shell there reads it
+    temporary = "${TMPDIR:-/tmp}"  # where our directory is made, as the shell there reads it
 
     def __init__(self, label: str) -> None:
         self.label = label
@@ -88,11 +98,10 @@ class ShellDevice:
         return _facts.parse(self.label, self.ask(_facts.SCRIPT))
 
     def reserve(self) -> str:
-        script = f'd=$(umask 077; mktemp -d {self.temporary}/ticketkit.XXXXXXXX 2>&1) && say made "$d" || say failed "$d"'
-        said = self.ask(script)
+        said = self.ask(RESERVE.replace("TEMPORARY", self.temporary))
         made = said[0].removeprefix("made ") if said else ""
         if not OURS.fullmatch(made):
-            raise DeviceError(f"{self.label}: expected a fresh directory from mktemp -d {self.temporary}, got {shown(' '.join(said))}")
+            raise DeviceError(f"{self.label}: expected a fresh directory from mktemp -d in {self.temporary}, got {shown(' '.join(said))}")
         return made
 
     def free_bytes(self, directory: str) -> int | None:
@@ -135,4 +144,6 @@ class ShellDevice:
     def remove(self, directory: str) -> None:
         if not OURS.fullmatch(directory):
             raise DeviceError(f"{self.label}: {shown(directory)} is not a directory that a bench made; it stays")
-        self.ask(f"rm -rf {quote(directory)}")
+        said = self.ask(f'why=$(rm -rf {quote(directory)} 2>&1) || say "$why"')
+        if said:
+            raise DeviceError(f"{self.label}: rm -rf {directory} failed: {shown(said[0])}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,14 @@ class File:
 
 
 @contextmanager
-def workplace(device: Device, files: Sequence[File], say: Callable[[str], None]) -> Iterator[str]:
-    """A directory on the device with these files in it; it is gone afterwards, whatever happens.
+def workplace(device: Device, files: Sequence[File], say: Callable[[str], None], notes: list[str]) -> Iterator[str]:
+    """A directory on the device with these files in it, removed afterwards; where it cannot be, the error or else a note names it.
 
     Raises DeviceError before anything is copied when the device says that it has too little room.
     """
     with _orderly_end():
         directory = device.reserve()
-        with _removed(device, directory):
+        with _removed(device, directory, notes):
             needed, free = sum(file.path.stat().st_size for file in files) + MARGIN, device.free_bytes(directory)
             if free is not None and free < needed:
                 raise DeviceError(
@@ -83,14 +83,30 @@ def follow(
 
 
 @contextmanager
-def _removed(device: Device, directory: str) -> Iterator[None]:
+def _removed(device: Device, directory: str, notes: list[str]) -> Iterator[None]:
     try:
         yield
-    except BaseException:
-        with suppress(DeviceError, KeyboardInterrupt):  # what went wrong first is what is said; the watcher there removes it too
-            device.remove(directory)
+    except DeviceError as error:
+        if why := _remains(device, directory):
+            raise DeviceError(f"{error}; {why}") from None
         raise
-    device.remove(directory)
+    except BaseException:
+        if why := _remains(device, directory):
+            notes.append(why)
+        raise
+    if why := _remains(device, directory):  # what was measured is none the worse for it
+        notes.append(why)
+
+
+def _remains(device: Device, directory: str) -> str | None:
+    """Remove the directory; None, or that it may still be there: a run's watcher removes it too, once the connection has ended."""
+    try:
+        device.remove(directory)
+    except DeviceError as error:
+        return f"{directory} may be left on the device: {error}"
+    except KeyboardInterrupt:
+        return f"{directory} may be left on the device: interrupted while removing it"
+    return None
 
 
 @contextmanager
@@ -104,7 +120,8 @@ def _orderly_end() -> Iterator[None]:
         yield
         return
     ends = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.signal(number, interrupt) for number in ends}
+    taken = [number for number in ends if signal.getsignal(number) not in (signal.SIG_IGN, None)]  # nohup ignores SIGHUP, and so do we
+    before = {number: signal.signal(number, interrupt) for number in taken}
     try:
         yield
     finally:

@@ -71,7 +71,13 @@ class Qemu(ShellDevice):
 
     def reserve(self) -> str:
         directory = super().reserve()
-        make_root(Path(directory) / "root")
+        try:
+            make_root(Path(directory) / "root")
+        except BaseException as error:
+            self.remove(directory)
+            if isinstance(error, OSError):
+                raise DeviceError(f"{self.label}: {directory} cannot be filled: {error.strerror or error}") from None
+            raise
         return directory
 
     def program(self, words: Sequence[str]) -> str:

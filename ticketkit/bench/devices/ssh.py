@@ -50,7 +50,7 @@ class Ssh(ShellDevice):
         """Options by which all lines share one connection, which ends 20 s after the last: a handshake may take a small board a second."""
         folder = tempfile.mkdtemp(prefix="tk-ssh-")
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        if len(folder) > LONGEST:
+        if len(folder) > LONGEST or not re.fullmatch(r"[\w./+-]+", folder, re.ASCII):  # which ssh would read as several words, or as %h
             return []
         return ["-o", "ControlMaster=auto", "-o", "ControlPersist=20", "-o", f"ControlPath={folder}/s"]
 
