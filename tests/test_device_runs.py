@@ -236,9 +236,9 @@ def test_a_directory_that_cannot_be_removed_is_a_note(name, board, model):
     assert "may be left on the device" in report.notes[-1] and "Read-only file system" in report.notes[-1]
 
 
-@pytest.mark.parametrize("folder", ["a b", "a'b", "rel", "//x"])
+@pytest.mark.parametrize("folder", ["a b", "a'b", "rel"])
 def test_a_folder_for_temporary_files_that_is_none_of_ours(folder, board, model, monkeypatch, tmp_path):
-    made = folder if folder in ("rel", "//x") else str(tmp_path / folder)
+    made = folder if folder == "rel" else str(tmp_path / folder)
     if made == str(tmp_path / folder):
         os.mkdir(made)
     with monkeypatch.context() as changed:

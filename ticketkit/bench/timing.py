@@ -50,7 +50,7 @@ class Protocol:
         if not (1 <= self.rounds <= MOST and 1 <= self.least <= MOST and 0 <= self.settle <= MOST):
             raise DataError(f"bench: expected 1 to {MOST:,} rounds and runs, got {self}")
         if not all(0 <= seconds <= LONGEST for seconds in (self.seconds, self.warmup, self.timeout)):  # NaN too
-            raise DataError(f"bench: expected times from 0 to {LONGEST:,} s, got {self}")
+            raise DataError(f"bench: expected no negative times and at most {LONGEST:,} s, got {self}")
 
 
 @dataclass(frozen=True)
