@@ -78,7 +78,7 @@ def _gpu() -> dict[str, Any]:
     from ticketkit.runtime import gpu
 
     try:
-        gpu.require(gpu.first())
+        gpu.require()
     except KernelError as error:
         return {"usable": False, "why_not": str(error)}
     return {"usable": True, "why_not": ""}

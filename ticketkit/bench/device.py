@@ -102,8 +102,9 @@ def _layers_table(report: _layers.Report) -> RenderableType:
     for row in report.rows:
         found[row.layer][row.engine] = row
     engines = [name for name in _layers.ENGINES if any(name in by_engine for by_engine in found.values())]
-    grid = table.grid("layer", "shape", "zeros", "format", *engines, "× dense")
+    grid = table.grid("layer", "shape", "zeros", "format", *(name.replace("-", "\n") for name in engines), "× dense")
     grid.columns[0].justify = grid.columns[1].justify = grid.columns[3].justify = "left"
+    grid.columns[0].no_wrap = grid.columns[1].no_wrap = False  # on a narrow terminal these give way, not the times
     totals = dict.fromkeys(engines, 0.0)
     for name, by_engine in found.items():
         any_row = next(iter(by_engine.values()))

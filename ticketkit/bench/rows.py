@@ -5,12 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
 
 @dataclass(frozen=True)
-class Row:
+class Line:
+    """A row of any kind: a dataclass of numbers and words."""
+
+    def to_json(self) -> str:
+        """The row as one line of JSON."""
+        return json.dumps(asdict(self))
+
+
+@dataclass(frozen=True)
+class Row(Line):
     """One engine on one model in one run. All rows of a run share `timestamp`; times are milliseconds per batch."""
 
     engine: str
@@ -48,12 +58,8 @@ class Row:
     commit: str
     timestamp: str  # UTC, ISO 8601, start of the run
 
-    def to_json(self) -> str:
-        """The row as one line of JSON."""
-        return json.dumps(asdict(self))
 
-
-def statistics(times: Sequence[float]) -> dict[str, float]:
+def statistics(times: Sequence[float]) -> dict[str, Any]:
     """n, min, p50, p90, p99, mean and std (sample) of run times in ms, under the names of `Row`."""
     values = np.asarray(times, np.float64)
     p50, p90, p99 = np.percentile(values, [50, 90, 99])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -65,6 +66,21 @@ class Subject:
     def file_for(self, engine: Engine) -> Path:
         """The file this engine is to load."""
         return self.plain if engine.PLAIN_ONNX else self.path
+
+    def facts(self, multiplies_zeros: bool) -> dict[str, Any]:
+        """What every row of an engine says of the model, by the names of `rows.Row`."""
+        return {
+            "multiplies_zeros": multiplies_zeros,
+            "model": self.path.name,
+            "model_sha256": self.sha256,
+            "sparsity_prunable": self.sparsity_prunable,
+            "sparsity": self.plan.model_sparsity,
+            "flops_dense": self.plan.flops[0],
+            "flops_left": self.plan.flops[1],
+            "layers": len(self.plan.choices),
+            "sparse_layers": 0 if multiplies_zeros else self.sparse_layers,
+            "batch": self.batch,
+        }
 
     @property
     def sparsity_prunable(self) -> float | None:

@@ -203,20 +203,10 @@ class _Run:
         self.done += 1
 
     def _row(self, c: _Contender, baseline: str | None, speedup: float | None, speedup_rounds: float | None) -> rows.Row:
-        plan = self.subject.plan
         return rows.Row(
             engine=c.worker.name,
             engine_version=c.loaded["version"],
-            multiplies_zeros=c.engine.MULTIPLIES_ZEROS,
-            model=self.subject.path.name,
-            model_sha256=self.subject.sha256,
-            sparsity_prunable=self.subject.sparsity_prunable,
-            sparsity=plan.model_sparsity,
-            flops_dense=plan.flops[0],
-            flops_left=plan.flops[1],
-            layers=len(plan.choices),
-            sparse_layers=0 if c.engine.MULTIPLIES_ZEROS else self.subject.sparse_layers,
-            batch=self.subject.batch,
+            **self.subject.facts(c.engine.MULTIPLIES_ZEROS),
             threads=self.threads,
             isa=c.loaded["isa"],
             cpu=machine.cpu_name(),

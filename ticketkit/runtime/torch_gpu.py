@@ -90,7 +90,7 @@ def packed(
         raise KernelError(f"values and gaps: expected them on {x.device}, where x is, got {values.device} and {gaps.device}")
     if values.shape != gaps.shape:
         raise FormatError(f"gaps: expected {values.numel()} entries (values length), got {gaps.numel()}")
-    side = None if format == "csr" else block or sides.get((gaps,), tuple(shape), lambda: own_side(gaps, shape))
+    side = None if format == "csr" else block or sides.get((gaps,), tuple(shape), lambda: own_side(gaps, shape) or gpu.BLOCKS[-1])
     weight = patterns.get((gaps,), (side, *shape), lambda: gpu.Weight.of(gaps, shape, side))
 
     def store() -> Tensor:
@@ -102,8 +102,8 @@ def packed(
 
 
 def own_side(gaps: Tensor, shape: Sequence[int]) -> int:
-    """The largest side of blocks that the non-zeros fill, or the smallest of all."""
-    return next((side for side in gpu.BLOCKS if gpu.fill(gaps, shape, side) >= FILLED), gpu.BLOCKS[-1])
+    """The largest side of blocks that the non-zeros fill to `FILLED` or more, 0 if there is none."""
+    return next((side for side in gpu.BLOCKS if gpu.fill(gaps, shape, side) >= FILLED), 0)
 
 
 def _ordered(x: Tensor, weight: gpu.Weight) -> Tensor:

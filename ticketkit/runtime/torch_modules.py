@@ -23,12 +23,11 @@ from torch import Tensor, nn
 
 from ticketkit.errors import KernelError
 from ticketkit.formats import bsr, gaps
-from ticketkit.runtime import gpu, torch_op
+from ticketkit.runtime import gpu, torch_gpu, torch_op
 
 Dense: TypeAlias = nn.Conv2d | nn.Linear
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention)  # that the report names
 LEAST = {("cpu", "csr"): 0.5, ("cpu", "bsr"): 0.5, ("cpu", "bsr1x4"): 0.5, ("cuda", "csr"): 0.95, ("cuda", "bsr"): 0.5}
-FILLED = 0.9  # share of non-zeros in blocks that makes them the weight's own
 HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs",
@@ -239,7 +238,7 @@ def _form(kept: np.ndarray, device: str, format: str) -> tuple[str, int]:
     """Format and side of blocks (0: none, or not a GPU's)."""
     if device == "cuda":
         steps = torch.from_numpy(gaps.pack(kept.astype(np.float32))["gaps"])
-        side = next((side for side in gpu.BLOCKS if gpu.fill(steps, kept.shape, side) >= FILLED), 0)
+        side = torch_gpu.own_side(steps, kept.shape)
         if format == "auto":
             return ("bsr", side) if side else ("csr", 0)
         return format, (side or gpu.BLOCKS[-1]) if format == "bsr" else 0
@@ -247,7 +246,7 @@ def _form(kept: np.ndarray, device: str, format: str) -> tuple[str, int]:
         return format, 0
     if kept.ndim == 4 and kept.shape[1] == 1:
         return "csr", 0  # depthwise
-    found = next((name for name, block in bsr.KERNELS.items() if bsr.fill(kept.astype(np.float32), block) >= FILLED), "csr")
+    found = next((name for name, block in bsr.KERNELS.items() if bsr.fill(kept.astype(np.float32), block) >= torch_gpu.FILLED), "csr")
     return "csr" if kept.ndim == 4 and found == "bsr1x4" else found, 0
 
 

@@ -7,8 +7,10 @@ A device file is a module with the names of `Kind`; `open` gives a `Device`. Fil
     _facts.py     processors of a device, its clusters, and which of them `--cpus` means
     _events.py    what the runners say, one JSON object a line, believed only after it was checked
     _runner.py    the runners for a device's ABI, found or built, and the onnxruntime library for it
-    _run.py       the measurement: push, check, time in alternating rounds, clean up
+    _work.py      a fresh directory there with all files in it, a program that runs in it, and its removal
+    _run.py       whole models: check, then time in alternating rounds
     _layers.py    the same, layer by layer
+    _emulate.py   whole models under emulation, which has no times
     _trace.py     instructions of an emulated run
 """
 

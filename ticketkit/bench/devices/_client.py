@@ -90,6 +90,7 @@ class Stream:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def __iter__(self) -> Iterator[str]:
+        """Lines without their ends. DeviceError when none came within `silence`, or too much came that made no sense."""
         while True:
             left = self._heard + self.silence - time.monotonic()
             try:
@@ -106,9 +107,11 @@ class Stream:
             yield line.decode(errors="replace").rstrip("\r\n")
 
     def alive(self) -> None:
+        """A line that made sense has come: the silence that is allowed counts from now."""
         self._heard, self._noise = time.monotonic(), 0
 
     def fate(self) -> str | None:
+        """Once the lines have ended: None for exit code 0, else how the client ended and its last words, in one line."""
         try:
             code = self._child.wait(10)
         except subprocess.TimeoutExpired:

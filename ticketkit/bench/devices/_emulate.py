@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
 
 from ticketkit import __version__
-from ticketkit.bench import machine, timing
+from ticketkit.bench import machine, rows, timing
 from ticketkit.bench.devices import _run, _trace
 from ticketkit.bench.devices._events import Event
 from ticketkit.bench.devices._work import SLACK, workplace
 from ticketkit.errors import DeviceError
 
-PATIENCE = 3600.0  # seconds for one answer of a program whose every block is logged
-
 
 @dataclass(frozen=True)
-class EmulatedRow:
+class EmulatedRow(rows.Line):
     """One engine on one model under emulation; the fields are those of `rows.Row`, but for times, of which there are none."""
 
     engine: str
@@ -47,10 +44,6 @@ class EmulatedRow:
     ticketkit: str
     commit: str
     timestamp: str
-
-    def to_json(self) -> str:
-        """The row as one line of JSON."""
-        return json.dumps(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -105,21 +98,11 @@ def measure(
             if not differences:
                 raise
             interrupted = True
-        plan, subject = load.subject.plan, load.subject
         found = [
             EmulatedRow(
                 engine=name,
                 engine_version=heard.runtime if name == timing.REFERENCE else __version__,
-                multiplies_zeros=name == timing.REFERENCE,
-                model=subject.path.name,
-                model_sha256=subject.sha256,
-                sparsity_prunable=subject.sparsity_prunable,
-                sparsity=plan.model_sparsity,
-                flops_dense=plan.flops[0],
-                flops_left=plan.flops[1],
-                layers=len(plan.choices),
-                sparse_layers=0 if name == timing.REFERENCE else subject.sparse_layers,
-                batch=batch,
+                **load.subject.facts(name == timing.REFERENCE),
                 threads=threads,
                 isa="own choice" if name == timing.REFERENCE else heard.isa,
                 emulator=load.facts.model,
@@ -133,7 +116,7 @@ def measure(
             )
             for name, difference in differences.items()
         ]
-        return Report(subject.path.name, found, heard.failures, interrupted, notes, stopped)
+        return Report(load.subject.path.name, found, heard.failures, interrupted, notes, stopped)
 
 
 def _count(load: _run.Load, directory: str, threads: int, name: str) -> int:
@@ -144,8 +127,8 @@ def _count(load: _run.Load, directory: str, threads: int, name: str) -> int:
         if event["event"] == "round" and event["round"] == 1:
             found.append(since)
 
-    once = ["--rounds", "2", "--seconds", "0", "--warmup", "0", "--settle", "0", "--least", "1", "--timeout", f"{PATIENCE:g}"]
-    _trace.follow(load.words(directory, threads, [name], *once), directory, PATIENCE + SLACK, take)
+    once = ["--rounds", "2", "--seconds", "0", "--warmup", "0", "--settle", "0", "--least", "1", "--timeout", f"{_trace.PATIENCE:g}"]
+    _trace.follow(load.words(directory, threads, [name], *once), directory, _trace.PATIENCE + SLACK, take)
     if len(found) != 1:
         raise DeviceError(f"{name} under emulation: expected two rounds, its instructions cannot be told")
     return found[0]

@@ -5,10 +5,9 @@ The runner compares every result with one in double precision before it is timed
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from hashlib import sha256
 from pathlib import Path
@@ -25,12 +24,11 @@ from ticketkit.bench.devices._work import SLACK, File, follow, workplace
 from ticketkit.errors import DeviceError, ModelError
 
 ENGINES = ("sparse", "dense", "xnnpack-dense", "xnnpack-sparse")  # what ticketkit-layers knows
-PATIENCE = 3600.0  # seconds for one layer of a program whose every block is logged
 DENSE = ("dense", "xnnpack-dense")  # those that multiply zeros
 
 
 @dataclass(frozen=True)
-class LayerRow:
+class LayerRow(rows.Line):
     """One engine on one layer of a model; times are milliseconds for one sample on one thread. Rows of a run share `timestamp`.
 
     `device` is that of `_run.DeviceRow`. A row of an emulated device has no times at all but `instructions`, of one run, where counted.
@@ -56,10 +54,6 @@ class LayerRow:
     ticketkit: str
     commit: str
     timestamp: str
-
-    def to_json(self) -> str:
-        """The row as one line of JSON."""
-        return json.dumps(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -238,7 +232,7 @@ def _count(words: Sequence[str], directory: str, heard: Heard, progress: timing.
             progress(done, len(heard.layers) * 2, f"counted {shown(event['layer'], 60)[1:-1]}")
 
     once = ["--rounds", "2", "--seconds", "0", "--warmup", "0", "--settle", "0", "--least", "1", "--unchecked"]
-    _trace.follow([*words, *once], directory, PATIENCE, take)
+    _trace.follow([*words, *once], directory, _trace.PATIENCE, take)
 
 
 def _options(names: Sequence[str], cpus: Sequence[int]) -> list[str]:

@@ -351,21 +351,11 @@ def _model(subject: Subject, name: str, scratch: Path, say: Any) -> Path:
 
 
 def _row(load: Load, heard: Heard, name: str, difference: float, threads: int, started: str, complete: bool) -> DeviceRow:
-    subject, plan, times = load.subject, load.subject.plan, heard.times[name]
-    dense = name == timing.REFERENCE
+    times, dense = heard.times[name], name == timing.REFERENCE
     return DeviceRow(
         engine=name,
         engine_version=heard.runtime if dense else __version__,
-        multiplies_zeros=dense,
-        model=subject.path.name,
-        model_sha256=subject.sha256,
-        sparsity_prunable=subject.sparsity_prunable,
-        sparsity=plan.model_sparsity,
-        flops_dense=plan.flops[0],
-        flops_left=plan.flops[1],
-        layers=len(plan.choices),
-        sparse_layers=0 if dense else subject.sparse_layers,
-        batch=subject.batch,
+        **load.subject.facts(dense),
         threads=threads,
         isa="own choice" if dense else heard.isa,
         cpu=load.facts.model or load.facts.machine,

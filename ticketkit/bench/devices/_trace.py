@@ -20,6 +20,7 @@ from ticketkit.bench.devices._events import Event
 from ticketkit.errors import DeviceError
 
 LOG = "instructions.log"
+PATIENCE = 3600.0  # seconds for one answer of a program whose every block is logged
 SYSTEM_CALL = re.compile(rb"^(\d+) (\w+)\((\d+)?")
 
 

@@ -12,7 +12,7 @@ does not depend on which program runs first: equal inputs give equal bits.
 kernels, and the functions take tensors in main memory: slow, for tests.
 """
 
-from ticketkit.runtime.gpu.launch import BLOCKS, TYPES, Window, conv2d, first, gradients, interpreted, require
+from ticketkit.runtime.gpu.launch import BLOCKS, TYPES, Window, conv2d, gradients, interpreted, require
 from ticketkit.runtime.gpu.weight import Weight, fill
 
-__all__ = ["BLOCKS", "TYPES", "Weight", "Window", "conv2d", "fill", "first", "gradients", "interpreted", "require"]
+__all__ = ["BLOCKS", "TYPES", "Weight", "Window", "conv2d", "fill", "gradients", "interpreted", "require"]

@@ -52,13 +52,9 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def first() -> torch.device:
-    """The device that torch uses when told "cuda"."""
-    return torch.device("cuda")
-
-
-def require(device: torch.device) -> None:
-    """KernelError, naming what is missing and what to do, where the kernels cannot run on that device."""
+def require(device: torch.device | None = None) -> None:
+    """KernelError, naming what is missing and what to do, where the kernels cannot run on that device; None: the one torch calls cuda."""
+    device = device or torch.device("cuda")
     if find_spec("triton") is None:
         raise KernelError("GPU kernels need Triton, which is not installed; pip install 'ticketkit[gpu]'")
     _require_version()
@@ -329,6 +325,7 @@ def tuned(name: str) -> Any:
     tried = 0
 
     def measure(call: Callable[[], None], quantiles: Sequence[float]) -> Any:
+        """Milliseconds of a call at these quantiles, with a line on a terminal: the first call of a configuration compiles it."""
         nonlocal tried
         tried += 1
         if sys.stderr.isatty():
