@@ -31,6 +31,7 @@ from ticketkit.bench import machine
 from ticketkit.capture import capture
 from ticketkit.lower import lower
 from ticketkit.runtime import native
+from ticketkit.runtime.geometry import ConvShape
 
 NETWORKS = ("resnet50", "mobilenet_v2", "efficientnet_b0", "vit_b_16")
 RUNS = 12
@@ -105,7 +106,7 @@ def depthwise_samples(speed: float) -> list[Sample]:
     isa, overhead, samples = native.active_isa().name, call_overhead_us(), []
     for channels, side, kernel, stride in DEPTHWISE:
         pad = kernel // 2
-        shape = native.ConvShape(channels, side, side, channels, kernel, kernel, stride, stride, pad, pad, pad, pad, groups=channels)
+        shape = ConvShape(channels, side, side, channels, kernel, kernel, stride, stride, pad, pad, pad, pad, groups=channels)
         weight, bias = np.ones((channels, 1, kernel, kernel), np.float32), np.ones(channels, np.float32)
         layer = native.conv2d(shape, formats.get("csr").pack(weight), isa=isa)
         x, y = layers.buffer((1, *layer.in_shape)), layers.buffer((1, *layer.out_shape))

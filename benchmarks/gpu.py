@@ -24,63 +24,28 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from itertools import product
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import command
 import numpy as np
 import torch
+from gpu_layers import TYPES, dense_ones, foreign, make, sparse
+from gpu_map import FORMS, Row, draw, load
 from rich.console import Console
-from rich.table import Table
 from shapes import Conv, Shape, read
 from torch import Tensor
 
 from ticketkit import __version__
 from ticketkit.bench import machine, table
 from ticketkit.errors import DataError, KernelError, first_line
-from ticketkit.formats import gaps
 from ticketkit.runtime import gpu
 
 RESULTS = Path(__file__).resolve().parent / "results" / "gpu.jsonl"
 NETWORKS = ("resnet50", "mobilenet_v2", "vit_b_16")
 BATCHES, SPARSITIES = (1, 32, 256), (70, 80, 90, 95, 98)
-FORMS = {"csr": None, "bsr16": 16, "bsr32": 32, "bsr64": 64}
-TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 AGREE = {"fp16": 4e-3, "bf16": 3e-2, "fp32": 4e-3}  # of the largest output: a few roundings of the type, fp32 being TF32
 REPLAYS = 20  # of a graph between two events
-
-
-@dataclass(frozen=True)
-class Row:
-    """One layer at one batch, sparsity, form and type; times are microseconds, medians of the rounds' medians."""
-
-    layer: str
-    networks: dict[str, int]  # how often each has it
-    batch: int
-    dtype: str
-    sparsity: float  # as asked for
-    form: str
-    stored: int  # values in the kernel's weight, zeros within blocks included
-    us: float
-    rounds_us: list[float]
-    dense_us: float
-    dense: str  # which of the dense kernels was the fastest
-    others_us: dict[str, float]  # foreign sparse kernels that ran
-    speedup: float  # median over the rounds of dense / ours
-    bytes: int  # that must move: input, result, weight
-    flops: int  # 2 for each product with a stored value
-    bytes_us: float  # at the measured bandwidth
-    flops_us: float  # at the measured rate of a large product, CSR: of fused multiply-adds on the ordinary units
-    max_abs_diff: float  # against the dense result
-    max_abs_output: float
-    gpu: str
-    torch: str
-    triton: str
-    cuda: str
-    ticketkit: str
-    commit: str
-    timestamp: str
 
 
 @dataclass(frozen=True)
@@ -90,25 +55,6 @@ class Ceilings:
     bandwidth: float  # bytes a second, a large copy
     products: dict[str, float]  # operations a second of a large matrix product, by type
     additions: float  # of fused multiply-adds in float32
-
-
-@dataclass(frozen=True)
-class Case:
-    """A layer with data on the GPU."""
-
-    shape: Shape
-    dtype: torch.dtype
-    x: Tensor  # [N, C, H, W] channels_last, or [N, K]
-    weight: Tensor  # dense, with zeros
-    bias: Tensor
-    steps: Tensor
-    values: Tensor
-
-    def dense(self) -> Tensor:
-        if isinstance(self.shape, Conv):
-            s = self.shape
-            return torch.nn.functional.conv2d(self.x, self.weight, self.bias, s.stride, s.pad, s.dilation)
-        return torch.nn.functional.linear(self.x, self.weight, self.bias)
 
 
 def main() -> int:
@@ -194,83 +140,6 @@ def measure(
         torch.cuda.get_device_name(), torch.__version__, _triton(), str(torch.version.cuda), __version__, machine.commit() or "",
         datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )  # fmt: skip
-
-
-def make(shape: Shape, batch: int, dtype: torch.dtype, sparsity: int, side: int | None, device: str) -> Case:
-    """A layer with random weights, pruned singly or in blocks of side x side (outputs x channels of a tap)."""
-    generator = np.random.default_rng(0)
-    weight = generator.standard_normal(shape.weight, np.float32)
-    window = shape.weight[2:] or (1, 1)
-    grid = (-(-shape.weight[0] // (side or 1)), -(-shape.weight[1] // (side or 1)), *window)
-    kept = np.zeros(prod(grid), bool)
-    kept[generator.permutation(kept.size)[: max(1, round(kept.size * (100 - sparsity) / 100))]] = True
-    mask = kept.reshape(grid).repeat(side or 1, 0).repeat(side or 1, 1)[: shape.weight[0], : shape.weight[1]]
-    weight *= mask.reshape(shape.weight)
-    weight[~mask.reshape(shape.weight)] = 0.0
-    weight = torch.from_numpy(weight).to(dtype).float().numpy()  # in the type's own numbers
-    coded = gaps.pack(weight)
-    x = torch.from_numpy(generator.standard_normal((batch * shape.x[0], *shape.x[1:]), np.float32)).to(device, dtype)
-    dense = torch.from_numpy(weight).to(device, dtype)
-    if isinstance(shape, Conv):
-        x, dense = x.to(memory_format=torch.channels_last), dense.to(memory_format=torch.channels_last)
-    values, steps = torch.from_numpy(coded["values"]).to(device), torch.from_numpy(coded["gaps"]).to(device)
-    return Case(shape, dtype, x, dense, torch.zeros(shape.weight[0], device=device, dtype=dtype), steps, values)
-
-
-def sparse(case: Case, side: int | None) -> tuple[Callable[[], Tensor], gpu.Weight]:
-    """Our call, and the weight that it takes. CSR gets its input in planes, as a network of CSR layers would hold it."""
-    weight = gpu.Weight.of(case.steps, case.shape.weight, side)
-    stored = weight.store(case.values, case.dtype)
-    if isinstance(case.shape, Conv):
-        s = case.shape
-        window = gpu.Window((s.stride,) * 2, (s.pad,) * 4, (s.dilation,) * 2)
-        x = case.x if side else case.x.contiguous()
-        return lambda: gpu.conv2d(x, weight, stored, case.bias, window=window, tf32=True), weight
-    rows = case.x if side else case.x.t().contiguous().t()
-    return lambda: gpu.conv2d(rows[:, :, None, None], weight, stored, case.bias, tf32=True)[:, :, 0, 0], weight
-
-
-def dense_ones(case: Case) -> dict[str, Callable[[], Tensor]]:
-    """cuDNN or cuBLAS, and for pointwise layers both."""
-    found: dict[str, Callable[[], Tensor]] = {"dense": case.dense}
-    if isinstance(case.shape, Conv) and case.shape.kernel == case.shape.stride == 1:
-        pixels = case.x.permute(0, 2, 3, 1).reshape(-1, case.shape.in_channels)
-        matrix = case.weight.reshape(case.shape.out_channels, -1)
-        found["dense, as a product"] = lambda: torch.nn.functional.linear(pixels, matrix, case.bias)
-    return found
-
-
-def foreign(case: Case, side: int | None) -> dict[str, Callable[[], Tensor]]:
-    """torch's own sparse kernels for a matrix product; whatever does not run here is left out."""
-    s = case.shape
-    if isinstance(s, Conv) and not s.kernel == s.stride == 1:
-        return {}
-    rows = case.x if not isinstance(s, Conv) else case.x.permute(0, 2, 3, 1).reshape(-1, s.in_channels)
-    matrix, columns = case.weight.reshape(len(case.weight), -1).contiguous(), rows.t()
-    makers: dict[str, Callable[[], Any]] = {"torch.sparse CSR": matrix.to_sparse_csr}
-    if side and not any(n % side for n in matrix.shape):
-        makers["torch.sparse BSR"] = lambda: matrix.to_sparse_bsr(side)
-    makers["2:4 (half of the weights, its own pattern)"] = lambda: torch.sparse.to_sparse_semi_structured(half(matrix))
-    found: dict[str, Callable[[], Tensor]] = {}
-    for name, make_one in makers.items():
-        try:
-            other = make_one()
-            if "2:4" in name:
-                torch.nn.functional.linear(rows, other)
-                found[name] = lambda other=other: torch.nn.functional.linear(rows, other)  # type: ignore[misc]
-            else:
-                other @ columns
-                found[name] = lambda other=other: other @ columns  # type: ignore[misc]
-        except (RuntimeError, NotImplementedError, ValueError):
-            torch.cuda.synchronize()
-    return found
-
-
-def half(matrix: Tensor) -> Tensor:
-    """The matrix with the two larger of each four in a row."""
-    fours = matrix.reshape(len(matrix), -1, 4)
-    kept = torch.zeros_like(fours).scatter_(2, fours.abs().topk(2, dim=2).indices, 1.0)
-    return torch.where(kept.bool(), fours, 0).reshape(matrix.shape)
 
 
 # Time ---------------------------------------------------------------------------------------------------------------------------
@@ -365,68 +234,6 @@ def interpret() -> int:
     count = len(shapes) * len(FORMS) * 3
     console.print(f"{count} kernels agree with the dense layer, the worst differs by {worst:.0%} of what rounding explains")
     return 0
-
-
-# The map ------------------------------------------------------------------------------------------------------------------------
-
-
-def load(path: Path) -> list[Row]:
-    """The rows of a file; DataError naming the line that is none."""
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            found.append(Row(**json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise DataError(f"{path.name}: line {number}: expected a row of this script, got {error}") from None
-    return found
-
-
-def draw(results: Path) -> None:
-    """gpu.md, a table of how many layers win, and gpu.png: the speedup of every layer by form, batch and sparsity, 1.0 marked."""
-    if not results.exists():
-        raise DataError(f"{results}: expected rows of this script, found no file; run it on a machine with a GPU first")
-    rows = load(results)
-    latest = {(r.gpu, r.layer, r.batch, r.dtype, r.sparsity, r.form): r for r in rows}
-    groups: dict[tuple[str, str, int, str, float], list[Row]] = {}
-    for row in latest.values():
-        groups.setdefault((row.gpu, row.dtype, row.batch, row.form, row.sparsity), []).append(row)
-    head = ("GPU", "type", "batch", "form", "sparsity", "layers", "faster than dense", "median", "least", "most")
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    shown = Table(*head, title="layers against the fastest dense kernel", title_justify="left")
-    for key, members in sorted(groups.items()):
-        ratios = [r.speedup for r in members]
-        wins = sum(r > 1 for r in ratios)
-        cells = [*map(str, key[:4]), f"{key[4]:.0%}", str(len(ratios)), f"{wins / len(ratios):.0%}"]
-        cells += [f"{value:.2f}x" for value in (np.median(ratios), min(ratios), max(ratios))]
-        lines.append(f"| {' | '.join(cells)} |")
-        shown.add_row(*cells)
-    Console().print(shown)
-    results.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    picture(groups, results.with_suffix(".png"))
-
-
-def picture(groups: dict[tuple[str, str, int, str, float], list[Row]], path: Path) -> None:
-    """One panel for each GPU, type and batch; needs the extra `report`."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    panels = sorted({key[:3] for key in groups})
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 4), sharey=True, squeeze=False, layout="constrained")
-    for axis, panel in zip(axes[0], panels, strict=True):
-        for color, form in enumerate(FORMS):
-            own = {key[4]: members for key, members in groups.items() if key[:4] == (*panel, form)}
-            points = sorted((sparsity, [r.speedup for r in members]) for sparsity, members in own.items())
-            if points:
-                sparsity, ratios = [100 * s for s, _ in points], [r for _, r in points]
-                axis.plot(sparsity, [np.median(r) for r in ratios], color=f"C{color}", marker="o", label=form)
-                axis.fill_between(sparsity, *([np.percentile(r, q) for r in ratios] for q in (10, 90)), color=f"C{color}", alpha=0.15)
-        axis.axhline(1.0, color="black", linewidth=0.8)
-        axis.set(title=f"{panel[0]}\n{panel[1]}, batch {panel[2]}", xlabel="sparsity in %", yscale="log")
-    axes[0][0].set(ylabel="dense time / sparse time (median, 10 to 90 % of the layers)")
-    axes[0][0].legend()
-    figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from ticketkit import formats
 from ticketkit.errors import DataError
 from ticketkit.lower import operators
 from ticketkit.runtime import native
+from ticketkit.runtime.geometry import ConvShape
 
 TABLE = Path(__file__).with_name("layers.csv")
 VISION = {name: 224 for name in ("resnet50", "resnet152", "mobilenet_v2", "efficientnet_b0", "deeplabv3_resnet50", "vit_b_16")}
@@ -51,9 +52,9 @@ class Conv:
         return f"{self.op}-{size}-k{self.kernel}s{self.stride}p{self.pad}d{self.dilation}"
 
     @property
-    def geometry(self) -> native.ConvShape:
+    def geometry(self) -> ConvShape:
         k, s, p, d = self.kernel, self.stride, self.pad, self.dilation
-        return native.ConvShape(self.in_channels, self.in_h, self.in_w, self.out_channels, k, k, s, s, p, p, p, p, d, d)
+        return ConvShape(self.in_channels, self.in_h, self.in_w, self.out_channels, k, k, s, s, p, p, p, p, d, d)
 
     @property
     def x(self) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ import numpy as np
 import oracle
 
 from ticketkit.formats import csr
-from ticketkit.runtime.native import ConvShape
+from ticketkit.runtime.geometry import ConvShape
 
 CLIP = (-2.0, 3.0)
 SLOPE = 0.2

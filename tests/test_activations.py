@@ -9,7 +9,8 @@ import pytest
 from ticketkit.errors import KernelError
 from ticketkit.formats import csr
 from ticketkit.runtime import native
-from ticketkit.runtime.native import ConvShape, Layer, Tuning
+from ticketkit.runtime.geometry import ConvShape, Tuning
+from ticketkit.runtime.native import Layer
 
 ISAS = [isa.name for isa in native.isas() if isa.usable]
 NAMES = [name for name in oracle.ACTIVATIONS if name != "identity"]

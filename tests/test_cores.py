@@ -23,7 +23,7 @@ from ticketkit.cli.files import CORES
 from ticketkit.cores import Core, loops, predict
 from ticketkit.errors import TicketkitError
 from ticketkit.runtime import native
-from ticketkit.runtime.native import ConvShape
+from ticketkit.runtime.geometry import ConvShape, Vectors
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 ALL = [cores.get(name) for name in cores.names()]
@@ -58,7 +58,7 @@ def test_vectors_are_those_of_the_kernels(core: Core) -> None:
         names = "kLanes", "kRegisters", "kTile", "kGoodTile", "kReadsPlanes"
         numbers = [{"true": 1, "false": 0}.get(said[name], said[name]) for name in names]
         rest = (int(said["kRegisters"]) - 1) // 5, *map(int, numbers[4:]), 4  # max_block_vectors of packed.h; weights are floats
-        assert native.Vectors(*map(int, numbers[:4]), *rest) == core.vectors and int(said["kWeights"]) == core.weights_by_lane
+        assert Vectors(*map(int, numbers[:4]), *rest) == core.vectors and int(said["kWeights"]) == core.weights_by_lane
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ticketkit.errors import KernelError
 from ticketkit.formats import csr
 from ticketkit.runtime import native
-from ticketkit.runtime.native import ConvShape, Tuning, Vectors
+from ticketkit.runtime.geometry import ConvShape, Cut, Tuning, Vectors
 
 USABLE = [isa for isa in native.isas() if isa.usable]
 SIZES = st.sampled_from([1, 2, 3, 5, 7, 8, 14, 17, 28, 33, 56])
@@ -31,7 +31,7 @@ def shapes(draw: st.DrawFn) -> ConvShape:
     return ConvShape(channels, side, side, out, k, k, s, s, pad, pad, pad, pad, d, d)
 
 
-def bytes_of(cut: native.Cut, stored: int, entry: int, header: int) -> int:
+def bytes_of(cut: Cut, stored: int, entry: int, header: int) -> int:
     """Of the packed form (packed.h): header, strips, row pointers, values, offsets."""
     pointers = 4 * cut.blocks * (cut.units + 1)
     return header + up(28 * cut.strips, 64) + up(pointers, 64) + up(4 * stored, 64) + up(2 * stored // entry, 64)

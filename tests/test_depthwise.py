@@ -12,7 +12,7 @@ from test_kernels import ISAS, LANES, pairs, sparse
 from ticketkit.errors import KernelError
 from ticketkit.formats import csr
 from ticketkit.runtime import native
-from ticketkit.runtime.native import ConvShape
+from ticketkit.runtime.geometry import ConvShape
 
 
 def depthwise(channels: int, height: int, width: int, *window: int) -> ConvShape:

@@ -62,12 +62,13 @@ def test_rows_that_are_none(script: Any, tmp_path: Path) -> None:
 
 
 def test_blocks_are_pruned_whole(script: Any) -> None:
+    import gpu_layers
     from shapes import Conv
 
-    case = script.make(Conv(64, 5, 5, 96, 3, 1, 1, 1), 2, torch.float16, 90, 32, "cpu")
+    case = gpu_layers.make(Conv(64, 5, 5, 96, 3, 1, 1, 1), 2, torch.float16, 90, 32, "cpu")
     kept = (case.weight != 0).float().reshape(3, 32, 2, 32, 3, 3).mean((1, 3))
     assert set(kept.unique().tolist()) <= {0.0, 1.0} or kept[kept > 0].min() > 0.99  # a weight may be rounded to zero
     assert int((kept > 0).sum()) == round(3 * 2 * 9 * 0.1)
     assert case.x.shape == (2, 64, 5, 5) and case.x.is_contiguous(memory_format=torch.channels_last)
-    two_of_four = script.half(torch.arange(1.0, 9.0).reshape(1, 8))
+    two_of_four = gpu_layers.half(torch.arange(1.0, 9.0).reshape(1, 8))
     assert two_of_four.tolist() == [[0, 0, 3, 4, 0, 0, 7, 8]]

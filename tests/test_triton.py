@@ -1,7 +1,7 @@
 """The Triton kernels: right by the oracle on every form, type and ugly size, forward and backward.
 
 Without a GPU Triton interprets them, which it decides when it is imported: `test_under_the_interpreter` runs this file in a process of
-its own for that. With one they run there. Compiling them needs no GPU.
+its own for that. With one they run there.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import subprocess
 import sys
 from itertools import product
 from math import inf
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -246,66 +245,6 @@ def test_gradients_are_those_of_the_dense_layer(name: str, form: int | None) -> 
             assert float((got.double() - right_one.flip(0)).abs().max()) > 1e-2 * scale  # negative control
 
 
-# Packing --------------------------------------------------------------------------------------------------------------------------
-
-
-def test_a_pattern_is_the_weight_again() -> None:
-    """Rows hold each entry once, longest rows first; the transposed lists hold the same entries."""
-    shape = (37, 21, 3, 3)
-    weight = pruned(shape, 0.85)
-    parts = gap_coding.pack(weight)
-    values, steps = torch.from_numpy(parts["values"]), torch.from_numpy(parts["gaps"])
-    for side in (None, 16, 32):
-        pattern = Weight.of(steps, shape, side)
-        step = side or 1
-        stored = pattern.store(values, torch.float32).reshape(-1, step, step)
-        for rows, swapped in ((pattern.rows, False), (pattern.transposed, True)):
-            found = np.zeros((-(-37 // step) * step, -(-21 // step) * step, 9), np.float32)
-            lengths = rows.row_ptr.diff()
-            assert (lengths[rows.order.long()].diff() <= 0).all()
-            for row in range(len(lengths)):
-                for e in range(int(rows.row_ptr[row]), int(rows.row_ptr[row + 1])):
-                    column = int(rows.columns[e])
-                    tap, channel = column >> 20, column & (2**20 - 1)
-                    m, c = (channel, row) if swapped else (row, channel)
-                    found[m * step : (m + 1) * step, c * step : (c + 1) * step, tap] += stored[int(rows.at[e])].numpy()
-            np.testing.assert_array_equal(found[:37, :21].reshape(shape), weight)
-        assert torch.equal(pattern.gather(pattern.store(values, torch.float32)), values)
-
-
-@pytest.mark.parametrize("side", [16, 32, 64])
-def test_blocks_are_found_by_their_fill(side: int) -> None:
-    blocks = np.random.default_rng(0).random((128 // side, 128 // side, 3, 3)) < 0.3
-    blocks[0, 0, 0, 0], blocks[0, 1, 0, 0] = True, False  # no larger blocks by chance
-    weight = normal(128, 128, 3, 3) * np.kron(blocks.transpose(2, 3, 0, 1), np.ones((side, side))).transpose(2, 3, 0, 1)
-    steps = torch.from_numpy(gap_coding.pack(weight.astype(np.float32))["gaps"])
-    assert gpu.fill(steps, weight.shape, side) == 1.0
-    assert torch_gpu.own_side(steps, weight.shape) == side
-    scattered = torch.from_numpy(gap_coding.pack(pruned((64, 64, 1, 1), 0.9))["gaps"])
-    assert torch_gpu.own_side(scattered, (64, 64, 1, 1)) == 0
-
-
-@pytest.mark.parametrize(
-    ("steps", "shape", "error", "message"),
-    [
-        ([0, 1, 0], [4, 4], FormatError, "positive gaps"),
-        ([0, 20], [4, 4], FormatError, "positions below 16"),
-        ([], [4, 4], FormatError, "at least one entry"),
-        ([0], [2, 2**20], KernelError, "fewer than"),
-        ([0], [2**20, 2], KernelError, "fewer than"),
-        ([0], [2, 2, 64, 64], KernelError, "fewer than"),
-        ([0], [2, 2, 2], KernelError, r"\[M, K\] or \[M, C, kh, kw\]"),
-        ([0], [2, 0], FormatError, "positive dimensions"),
-    ],
-    ids=str,
-)
-def test_wrong_weights_are_named(steps: list[int], shape: list[int], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        Weight.of(torch.tensor(steps, dtype=torch.uint16), shape, None)
-    with pytest.raises(FormatError, match="expected uint16"):
-        Weight.of(torch.tensor([0.0]), [4, 4], None)
-
-
 # The operators' side --------------------------------------------------------------------------------------------------------------
 
 
@@ -415,66 +354,6 @@ def test_the_operators_know_gpus() -> None:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ticketkit::{name}", "CUDA")
 
 
-# Compiled -------------------------------------------------------------------------------------------------------------------------
-
-
-POINTERS = dict.fromkeys(("columns", "row_ptr", "order", "block_at", "value_at", "block_rows", "rows"), "*i32")
-
-
-def compiled(name: str, dtype: str, capability: int, constants: dict[str, Any], side: int = 32, precision: str = "tf32") -> str:
-    """PTX of a kernel, as Triton specialises it for tensors of the usual alignment, channels_last."""
-    import triton
-    import triton.language as tl
-    from triton.backends.compiler import GPUTarget
-
-    kernel = launch._kernel(name)
-    sort = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16, "fp64": tl.float64}[dtype]
-    total = tl.float64 if dtype == "fp64" else tl.float32
-    constants = {**constants, "SUM": total, "GPU": "test", "KERNEL_W": 3, "x_c": 1, "y_c": 1}
-    if "bsr" in name:
-        constants |= {"PRECISION": precision, "FACTOR": sort, "BLOCK_M": side, "BLOCK_K": side}
-    floats = {"x", "values", "bias", "residual", "y", "gradient"}
-    signature, hints = {}, {}
-    for i, argument in enumerate(kernel.arg_names):
-        kind = "fp32" if argument in ("minimum", "maximum") else "i32"
-        kind = f"*{dtype}" if argument in floats else "*fp32" if argument == "result" else POINTERS.get(argument, kind)
-        signature[argument] = "constexpr" if argument in constants else kind
-        if kind.startswith("*") or argument in ("x_n", "x_h", "x_w", "y_n", "y_h", "y_w"):
-            hints[(i,)] = [["tt.divisibility", 16]]
-    known = {(kernel.arg_names.index(key),): value for key, value in constants.items() if key in kernel.arg_names}
-    source = triton.compiler.ASTSource(kernel, signature, known, {at: hint for at, hint in hints.items() if at not in known})
-    return str(triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"])
-
-
-@plain
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
-@pytest.mark.parametrize("capability", [80, 90])
-def test_every_kernel_compiles(capability: int) -> None:
-    """Without a GPU: for A100 and H100; blocks are products on matrix units, and their tiles are fetched ahead, 16 bytes at a time."""
-    epilogue = {"BIAS": True, "RESIDUAL": True, "CLIP": True}
-    for pointwise, transposed in ((True, False), (False, True)):
-        forms = {"POINTWISE": pointwise, "TRANSPOSED": transposed, **epilogue}
-        for dtype in ("fp16", "fp32") if pointwise else ("bf16",):
-            ptx = compiled("conv2d_bsr", dtype, capability, {**forms, "BLOCK_P": 64})
-            assert "mma" in ptx and "cp.async.cg.shared.global" in ptx
-        assert "fma.rn.f32" in compiled("conv2d_csr", "fp32", capability, {**forms, "BLOCK_P": 128, "BLOCK_M": 4})
-        compiled("conv2d_csr", "fp16", capability, {**forms, "BLOCK_P": 32, "BLOCK_M": 1})
-        assert "mma" in compiled("conv2d_bsr_values", "bf16", capability, {"POINTWISE": pointwise, "BLOCK_P": 64})
-        compiled("conv2d_csr_values", "fp32", capability, {"POINTWISE": pointwise, "BLOCK_P": 64, "BLOCK_E": 16})
-    forms = {"POINTWISE": False, "TRANSPOSED": False, **epilogue}
-    assert "mma" not in compiled("conv2d_bsr", "fp32", capability, {**forms, "BLOCK_P": 32}, precision="ieee")  # said in gpu/launch.py
-    compiled("conv2d_bsr", "fp16", capability, {**forms, "BLOCK_P": 32}, side=128)
-    compiled("conv2d_csr", "fp64", capability, {**forms, "BLOCK_P": 64, "BLOCK_M": 4})
-
-
-def test_every_configuration_is_one_of_its_kernel() -> None:
-    for name, space in launch.SPACE.items():
-        arguments = launch._kernel(name).arg_names
-        assert {"GPU"} <= set(launch.KEYS[name]) <= set(arguments)
-        for one in (*space, launch.INTERPRETED[name]):
-            assert {key for key in one if key.isupper()} <= set(arguments), f"{name}: {one}"
-
-
 @runs
 def test_types_and_forms_meet() -> None:
     """Every type with every form and side, once."""
@@ -487,11 +366,3 @@ def test_types_and_forms_meet() -> None:
         y = gpu.conv2d(x, pattern, pattern.store(values, dtype))
         expected = exact(x, weight, Window(), dtype)
         assert np.abs(y.double().cpu().numpy() - expected).max() <= bound(x, weight, expected)
-
-
-def test_the_kernels_come_with_the_package() -> None:
-    """They lie in kernels/triton, and CMake installs them beside the module that finds them there."""
-    import ticketkit.runtime.triton as kernels
-
-    found = {path.name for folder in kernels.__path__ for path in Path(folder).glob("*.py")}
-    assert {"bsr.py", "csr.py", "geometry.py"} <= found

@@ -19,7 +19,7 @@ from ticketkit.formats import csr
 from ticketkit.lower import Layer, Network
 from ticketkit.planner import Choice, Plan
 from ticketkit.runtime import native, ort
-from ticketkit.runtime.native import ConvShape, Tuning
+from ticketkit.runtime.geometry import ConvShape, Tuning
 
 GAIN = 0.95  # of the time of the best so far: what a cut must get below
 PAIRS = 7

@@ -1,13 +1,8 @@
 // ticketkit-layers: every layer of a bundle on the device it runs on, one thread, engine against engine in alternating rounds. Needs no
 // library. Every result is first compared with one in double precision; a wrong answer is not timed. Events go to standard output.
-#include <signal.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -18,6 +13,7 @@
 #include "job.h"
 #include "machine.h"
 #include "options.h"
+#include "program.h"
 #include "reference.h"
 #include "turns.h"
 
@@ -52,12 +48,12 @@ const Kind kKinds[] = {
 #endif
 };
 
-struct Settings {
-  std::string bundle, only, spoil, root;
+struct Settings : CommonSettings {
+  Settings() : CommonSettings({5, 0.05, 0.05, 1, 1}) {}
+
+  std::string bundle, only, spoil;
   std::vector<const Kind*> kinds;
-  std::vector<int> cpus;
-  bool check_only = false, unchecked = false, plain = false;
-  Protocol protocol{5, 0.05, 0.05, 1, 1};
+  bool unchecked = false, plain = false;
 };
 
 const Kind* kind(const std::string& name) {
@@ -71,35 +67,18 @@ const Kind* kind(const std::string& name) {
 
 Settings settings(Options& options) {
   Settings s;
-  const char* const root = std::getenv("TICKETKIT_SYSFS");
-  s.root = root ? root : "";
   while (options.next()) {
+    if (s.take(options)) continue;
     if (options.is("--engines")) {
       for (const std::string& name : options.list()) s.kinds.push_back(kind(name));
     } else if (options.is("--only")) {
       s.only = options.text();
-    } else if (options.is("--rounds")) {
-      s.protocol.rounds = options.whole(1, 100000);
-    } else if (options.is("--seconds")) {
-      s.protocol.seconds = options.seconds();
-    } else if (options.is("--warmup")) {
-      s.protocol.warmup = options.seconds();
-    } else if (options.is("--settle")) {
-      s.protocol.settle = options.whole(0, 100000);
-    } else if (options.is("--least")) {
-      s.protocol.least = options.whole(1, 100000);
-    } else if (options.is("--cpu") || options.is("--cpus")) {
-      s.cpus = options.cpus();
     } else if (options.is("--plain")) {
       s.plain = true;
-    } else if (options.is("--check-only")) {
-      s.check_only = true;
     } else if (options.is("--unchecked")) {
       s.unchecked = true;
     } else if (options.is("--spoil")) {
       s.spoil = kind(options.text())->name;
-    } else if (options.is("--sysfs")) {
-      s.root = options.text();
     } else if (s.bundle.empty() && options.name()[0] != '-') {
       s.bundle = options.name();
     } else {
@@ -268,28 +247,10 @@ class Run {
   const Machine machine_;
 };
 
-int command(int count, char** words) {
-  for (int i = 1; i < count; ++i) {
-    if (std::strcmp(words[i], "--help") == 0) {
-      std::fputs(kUsage, stdout);
-      return 0;
-    }
-  }
-  try {
-    signal(SIGPIPE, SIG_IGN);
-    Options options(count, words);
-    return Run(settings(options)).all() ? 0 : 1;
-  } catch (const std::bad_alloc&) {
-    std::fprintf(stderr, "error: out of memory\n");
-    Event("error").field("message", "out of memory").emit();
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "error: %s\n", error.what());
-    Event("error").field("message", error.what()).emit();
-  }
-  return 1;
-}
-
 }  // namespace
 }  // namespace tk::device
 
-int main(int count, char** words) { return tk::device::command(count, words); }
+int main(int count, char** words) {
+  using namespace tk::device;
+  return run_program(count, words, kUsage, [](Options& options) { return Run(settings(options)).all(); });
+}

@@ -4,7 +4,6 @@
 // The first engine that runs is the reference: outputs of the others must agree with its own to half of float32's digits, or they are not
 // timed. Events go to standard output (events.h).
 #include <dlfcn.h>
-#include <signal.h>
 #include <sys/stat.h>
 
 #include <cerrno>
@@ -25,6 +24,7 @@
 #include "events.h"
 #include "machine.h"
 #include "options.h"
+#include "program.h"
 #include "turns.h"
 
 namespace tk::device {
@@ -50,15 +50,14 @@ struct Engine {
   bool sparse() const { return name == "ticketkit" || name.compare(0, 10, "ticketkit-") == 0; }
 };
 
-struct Settings {
-  std::string library, operators, input, outputs, root;
+struct Settings : CommonSettings {
+  Settings() : CommonSettings(Protocol{}) {}
+
+  std::string library, operators, input, outputs;
   std::vector<Engine> engines;
   std::vector<int64_t> shape;
-  std::vector<int> cpus;
   int threads = 1;
   double timeout = 600;
-  bool check_only = false;
-  Protocol protocol;
 };
 
 Engine engine(const std::string& word, const std::vector<Engine>& before) {
@@ -87,9 +86,8 @@ std::vector<int64_t> sizes(Options& options) {
 
 Settings settings(Options& options) {
   Settings s;
-  const char* const root = std::getenv("TICKETKIT_SYSFS");
-  s.root = root ? root : "";
   while (options.next()) {
+    if (s.take(options)) continue;
     if (options.is("--library")) {
       s.library = options.text();
     } else if (options.is("--operators")) {
@@ -102,26 +100,10 @@ Settings settings(Options& options) {
       s.shape = sizes(options);
     } else if (options.is("--threads")) {
       s.threads = options.whole(1, 1024);
-    } else if (options.is("--rounds")) {
-      s.protocol.rounds = options.whole(1, 100000);
-    } else if (options.is("--settle")) {
-      s.protocol.settle = options.whole(0, 100000);
-    } else if (options.is("--least")) {
-      s.protocol.least = options.whole(1, 100000);
-    } else if (options.is("--seconds")) {
-      s.protocol.seconds = options.seconds();
-    } else if (options.is("--warmup")) {
-      s.protocol.warmup = options.seconds();
     } else if (options.is("--timeout")) {
       s.timeout = options.seconds();
-    } else if (options.is("--cpus") || options.is("--cpu")) {
-      s.cpus = options.cpus();
     } else if (options.is("--outputs")) {
       s.outputs = options.text();
-    } else if (options.is("--check-only")) {
-      s.check_only = true;
-    } else if (options.is("--sysfs")) {
-      s.root = options.text();
     } else {
       options.unknown();
     }
@@ -331,29 +313,18 @@ class Run {
   double scale_ = 0;
 };
 
-int command(int count, char** words) {
-  for (int i = 1; i < count; ++i) {
-    if (std::strcmp(words[i], "--help") == 0) {
-      std::fputs(kUsage, stdout);
-      return 0;
-    }
-  }
-  try {
-    signal(SIGPIPE, SIG_IGN);
-    Options options(count, words);
-    Settings s = settings(options);
-    if (!s.outputs.empty() && mkdir(s.outputs.c_str(), 0777) && errno != EEXIST)
-      throw std::runtime_error("--outputs: " + s.outputs + ": " + std::strerror(errno));
-    std::vector<float> x = read_floats(s.input);
-    return Run(std::move(s), std::move(x)).all() ? 0 : 1;
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "error: %s\n", error.what());
-    Event("error").field("message", error.what()).emit();
-    return 1;
-  }
+bool measure(Options& options) {
+  Settings s = settings(options);
+  if (!s.outputs.empty() && mkdir(s.outputs.c_str(), 0777) && errno != EEXIST)
+    throw std::runtime_error("--outputs: " + s.outputs + ": " + std::strerror(errno));
+  std::vector<float> x = read_floats(s.input);
+  return Run(std::move(s), std::move(x)).all();
 }
 
 }  // namespace
 }  // namespace tk::device
 
-int main(int count, char** words) { return tk::device::command(count, words); }
+int main(int count, char** words) {
+  using namespace tk::device;
+  return run_program(count, words, kUsage, measure);
+}

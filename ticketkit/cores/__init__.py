@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ticketkit.errors import TicketkitError
-from ticketkit.runtime.native import Vectors
+from ticketkit.runtime.geometry import Vectors
 
 FOLDER = Path(__file__).parent
 GHZ = 0.1, 6.0  # what a clock may be

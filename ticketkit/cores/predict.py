@@ -21,7 +21,7 @@ from ticketkit.cores.loops import Ops, cycles
 from ticketkit.cost import DENSE
 from ticketkit.lower import Layer
 from ticketkit.runtime import native
-from ticketkit.runtime.native import ConvShape, Cut
+from ticketkit.runtime.geometry import ConvShape, Cut
 
 UNITS = {"csr": (1, 1), "bsr": (4, 1), "bsr1x4": (1, 4)}  # rows and columns of an entry
 MISSED = 0.5  # of the ends of rows, whose lengths differ: share that a branch predictor guesses wrong

@@ -1,1 +1,4 @@
-"""The native side: `native` is the C ABI (the only ctypes), `ort` registers the operators with onnxruntime."""
+"""The native side.
+
+`native` is the C ABI (the only ctypes), `geometry` what it is told of a layer, `ort` registers the operators with onnxruntime.
+"""

@@ -16,6 +16,7 @@ from torch import Tensor
 from ticketkit.errors import KernelError
 from ticketkit.formats import Parts, matrix
 from ticketkit.runtime import native
+from ticketkit.runtime.geometry import ConvShape
 from ticketkit.runtime.torch_cache import Cache, Key
 
 SHARED = 2_000_000  # multiply-adds; less is done before another thread has woken up
@@ -33,7 +34,7 @@ def conv2d(
     geometry = (channels * groups, *x.shape[2:], out_channels, *kernel, *stride, *padding, *dilation, groups, x_layout, y_layout)
 
     def pack(parts: Parts) -> native.Layer:
-        return native.conv2d(native.ConvShape(*geometry), parts, format=format)
+        return native.conv2d(ConvShape(*geometry), parts, format=format)
 
     layer = _packed(values, gaps, weight_shape, (geometry, format), pack)
     return _run(layer, x, bias, residual, minimum, maximum, values.numel() * prod(layer.out_shape[1:]))
