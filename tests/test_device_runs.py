@@ -14,6 +14,7 @@ from test_bench import eventually, save_model
 from ticketkit.bench import device as on
 from ticketkit.bench import timing
 from ticketkit.bench.devices import _run, local
+from ticketkit.cli import main
 from ticketkit.errors import DeviceError, ModelError, TicketkitError
 
 PROTOCOL = timing.Protocol(rounds=4, seconds=0, warmup=0, timeout=20)
@@ -226,6 +227,20 @@ def test_a_copy_that_breaks_off_says_what_may_be_left(board, model):
     with pytest.raises(DeviceError, match=left):
         measure("ssh:board", model)
     assert len(board.left()) == 1
+
+
+def test_an_interrupt_before_anything_is_measured_says_what_may_be_left(board, model, monkeypatch, capsys):
+    board.program("rm", "echo 'rm: cannot remove: Read-only file system' >&2; exit 1")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_run, "check", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", str(model), "--device", "ssh:board"])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 130
+    assert said.startswith("ticketkit: error: interrupted") and "may be left on the device" in said
 
 
 @pytest.mark.parametrize("name", DEVICES[1:])

@@ -38,15 +38,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; every expected failure is one line on stderr and an exit code other than 0."""
     try:
         sys.exit(cli.main(args=None if argv is None else list(argv), prog_name="ticketkit", standalone_mode=False))
-    except click.exceptions.Abort:
-        _stop("interrupted; what was finished is kept", 130)
+    except (click.exceptions.Abort, KeyboardInterrupt) as stop:  # click makes the one of the other
+        why = str(stop.__cause__ or stop)
+        _stop("interrupted; what was finished is kept" + (f"; {why}" if why else ""), 130)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except TicketkitError as error:
         _stop(str(error), 1)
-    except KeyboardInterrupt:
-        _stop("interrupted; what was finished is kept", 130)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "ticketkit":
             raise

@@ -90,6 +90,11 @@ def _removed(device: Device, directory: str, notes: list[str]) -> Iterator[None]
         if why := _remains(device, directory):
             raise DeviceError(f"{error}; {why}") from None
         raise
+    except KeyboardInterrupt:
+        if why := _remains(device, directory):
+            notes.append(why)
+            raise KeyboardInterrupt(why) from None  # where nothing was measured yet, nobody reads the notes
+        raise
     except BaseException:
         if why := _remains(device, directory):
             notes.append(why)
