@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 # Before torch is first imported: threads that wait do not spin, so that tests stay quick where cores are shared.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job and all it starts; but tests press Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 UNPACK = Path(__file__).resolve().parents[2] / "shared" / "data" / "unpack.py"
 # Small enough for seconds, long enough to cross an epoch (5 steps) within each round.
 SMALL_RUN = {"rounds": 2, "steps": 7, "batch_size": 256, "lr": 0.05, "seed": 0, "threads": 1}
