@@ -12,7 +12,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Line:
-    """A row of any kind: a dataclass of numbers and words."""
+    """What rows of every kind of run have in common: each is a dataclass that makes one line of a results file."""
 
     def to_json(self) -> str:
         """The row as one line of JSON."""

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from statistics import median
-from typing import Protocol
 
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -14,16 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ticketkit.bench import timing
-from ticketkit.bench.rows import Row
+from ticketkit.bench.rows import Line, Row
 from ticketkit.bench.subject import Subject
 from ticketkit.errors import TicketkitError, printable
 from ticketkit.planner import Plan
-
-
-class Rowlike(Protocol):
-    """Anything that a line of JSON can be made of."""
-
-    def to_json(self) -> str: ...
 
 
 BARS = " ▁▂▃▄▅▆▇█"
@@ -95,7 +88,7 @@ def conclude(report: timing.Report, json_to: str | None, unusable: dict[str, str
         raise TicketkitError("; ".join(fatal) or "no engine was timed; `ticketkit doctor` tells which work here and why")
 
 
-def publish(what: Callable[[], RenderableType], rows: Sequence[Rowlike], json_to: str | None, not_used: dict[str, str]) -> None:
+def publish(what: Callable[[], RenderableType], rows: Sequence[Line], json_to: str | None, not_used: dict[str, str]) -> None:
     """Write the rows as `conclude` says, then print the table that `what` makes, and what was not used and why."""
     lines = "".join(row.to_json() + "\n" for row in rows)
     if json_to == "-":

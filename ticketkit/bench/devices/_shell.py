@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -64,7 +65,7 @@ printf '\\n{{"event":"exit","code":%d}}\\n' $code
 exit $code"""
 
 
-class ShellDevice:
+class ShellDevice(ABC):
     """Implements `Device`; a kind gives the words of its client, and says what its failures mean."""
 
     emulated = False
@@ -73,9 +74,9 @@ class ShellDevice:
     def __init__(self, label: str) -> None:
         self.label = label
 
+    @abstractmethod
     def client(self, line: str) -> list[str]:
         """The client's words that run a line of shell on the device."""
-        raise NotImplementedError
 
     def failure(self, done: Done) -> str:
         """What a client that failed means."""
@@ -95,9 +96,11 @@ class ShellDevice:
         return said[:-1]
 
     def describe(self) -> _facts.Facts:
+        """Architecture, system and processors, by one script. DeviceError where the device cannot be reached or says nothing of use."""
         return _facts.parse(self.label, self.ask(_facts.SCRIPT))
 
     def reserve(self) -> str:
+        """A fresh directory of `mktemp -d`, mode 700; its absolute path there. DeviceError where none can be made."""
         said = self.ask(RESERVE.replace("TEMPORARY", self.temporary))
         made = said[0].removeprefix("made ") if said else ""
         if not OURS.fullmatch(made):
@@ -105,11 +108,13 @@ class ShellDevice:
         return made
 
     def free_bytes(self, directory: str) -> int | None:
+        """What `df` calls available there, in bytes; None where it says nothing that can be read."""
         said = self.ask(f'say "$(df -kP {quote(directory)} 2>/dev/null | tail -n 1)"')
         found = re.search(r"\s(\d{1,15})\s+-?\d+%\s", f"{said[0]} " if said else "")
         return int(found[1]) * 1024 if found else None
 
     def push(self, file: Path, to: str, executable: bool = False) -> None:
+        """The file through standard input of `cat`, for its owner alone. DeviceError, a full disk named as such."""
         size = file.stat().st_size
         line = f"cat >{quote(to)} && chmod {700 if executable else 600} {quote(to)}"
         self.check_push(call(self.client(line), SECONDS + size / BYTES_A_SECOND, source=file), file, to)
@@ -128,9 +133,11 @@ class ShellDevice:
         raise DeviceError(f"{self.failure(done)}, while copying {file.name}")
 
     def run(self, words: Sequence[str], directory: str, silence: float) -> AbstractContextManager[Stream]:
+        """A program, watched there: it ends when the connection does. Lines come from the stream; `silence` in seconds."""
         return Stream(self.client(WATCHED.format(directory=quote(directory), program=self.program(words))), silence)
 
     def pull(self, path: str, to: Path, limit: int) -> None:
+        """The file through standard output of `cat`, behind a mark no greeting holds. DeviceError: beyond `limit` bytes, or broken off."""
         mark = f"ticketkit-{secrets.token_hex(8)}\n".encode()
         with to.open("w+b") as sink:
             line = f"printf '%s\\n' {mark.decode().strip()}; exec cat {quote(path)}"
@@ -142,6 +149,7 @@ class ShellDevice:
         to.write_bytes(content)
 
     def remove(self, directory: str) -> None:
+        """`rm -rf` of a directory that `reserve` could have made. DeviceError for any other, and where something stays."""
         if not OURS.fullmatch(directory):
             raise DeviceError(f"{self.label}: {shown(directory)} is not a directory that a bench made; it stays")
         said = self.ask(f'why=$(rm -rf {quote(directory)} 2>&1) || say "$why"')

@@ -90,14 +90,11 @@ def _removed(device: Device, directory: str, notes: list[str]) -> Iterator[None]
         if why := _remains(device, directory):
             raise DeviceError(f"{error}; {why}") from None
         raise
-    except KeyboardInterrupt:
+    except BaseException as error:
         if why := _remains(device, directory):
             notes.append(why)
-            raise KeyboardInterrupt(why) from None  # where nothing was measured yet, nobody reads the notes
-        raise
-    except BaseException:
-        if why := _remains(device, directory):
-            notes.append(why)
+            if isinstance(error, KeyboardInterrupt):  # where nothing was measured yet, nobody reads the notes
+                raise KeyboardInterrupt(why) from None
         raise
     if why := _remains(device, directory):  # what was measured is none the worse for it
         notes.append(why)

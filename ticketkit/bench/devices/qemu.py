@@ -70,6 +70,7 @@ class Qemu(ShellDevice):
         return _facts.Facts(label=self.label, machine="aarch64", system="Linux", release="", android_abi="", model=CLIENT, cpus=())
 
     def reserve(self) -> str:
+        """A fresh directory, with the root folder in it that emulated programs see. DeviceError where either cannot be made."""
         directory = super().reserve()
         try:
             make_root(Path(directory) / "root")
