@@ -18,7 +18,6 @@ from ticketkit.bench.subject import Subject
 from ticketkit.errors import TicketkitError, printable
 from ticketkit.planner import Plan
 
-
 BARS = " ▁▂▃▄▅▆▇█"
 
 
